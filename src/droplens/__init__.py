@@ -1,0 +1,36 @@
+"""droplens: see what dropout does to your network.
+
+The public names, nothing else. Each is imported from its room on first use, so
+that the command line answers `--help` without waiting for torch.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from droplens import masks as masks
+    from droplens.estimates import Estimate as Estimate
+
+__version__ = "0.1.0"
+
+_ROOMS = ("masks",)
+
+_HOMES = {
+    "Estimate": "estimates",
+}
+
+__all__ = ["__version__", *_ROOMS, *_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return importlib.import_module(f"droplens.{name}")
+    if name in _HOMES:
+        value = getattr(importlib.import_module(f"droplens.{_HOMES[name]}"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'droplens' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
