@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from droplens import masks as masks
+    from droplens.discovery import Site as Site
+    from droplens.discovery import sites as sites
     from droplens.estimates import Estimate as Estimate
 
 __version__ = "0.1.0"
@@ -17,6 +19,8 @@ _ROOMS = ("masks",)
 
 _HOMES = {
     "Estimate": "estimates",
+    "Site": "discovery",
+    "sites": "discovery",
 }
 
 __all__ = ["__version__", *_ROOMS, *_HOMES]

@@ -1,0 +1,8 @@
+"""Find every stochastic site of a model, by module and function."""
+
+from droplens.discovery._calls import Call
+from droplens.discovery._guard import guarded, switch_on
+from droplens.discovery._intercept import intercept
+from droplens.discovery._sites import Site, site_of, sites
+
+__all__ = ["Call", "Site", "guarded", "intercept", "site_of", "sites", "switch_on"]

@@ -1,0 +1,100 @@
+"""Gates: a multiplicative ones-tensor on every unit that dropout can drop (theory, head; §3).
+
+Open them to differentiate the network in its gates; put masks in their place to see what one
+draw of dropout does; put nothing there to see the network without dropout.
+"""
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from droplens.calling import predictions
+from droplens.discovery import Call, guarded, intercept, site_of, switch_on
+from droplens.masks import Law
+
+
+@dataclass(frozen=True)
+class Gate:
+    """An open gate: `tensor` is all ones, of `shape`, and the outputs depend on it."""
+
+    name: str
+    law: Law
+    tensor: Tensor
+
+
+@dataclass(frozen=True)
+class Opened:
+    """The undropped outputs, the gates they depend on, and the sites that have no law."""
+
+    outputs: Tensor
+    gates: tuple[Gate, ...]
+    unmeasured: dict[str, str]
+
+
+@contextmanager
+def masks_off(model: nn.Module) -> Iterator[None]:
+    """While open, every dropout of `model` is the identity and norm layers are in eval.
+
+    Modes, buffers, RNG state and hooks are as before on the way out, also after an error.
+    """
+    with masks_replaced(model, lambda call, x: x):
+        yield
+
+
+@contextmanager
+def masks_replaced(model: nn.Module, visit: Callable[[Call, Tensor], Tensor]) -> Iterator[None]:
+    """While open, all sites are on, norm layers in eval, and `visit(call, x)` drops the units.
+
+    Sites without a law, or off in train mode too, are the identity and not visited.
+    """
+
+    def visit_lawful(call: Call, x: Tensor) -> Tensor:
+        return visit(call, x) if call.on and call.law is not None else x
+
+    with guarded(model), intercept(model, visit_lawful):
+        switch_on(model)
+        yield
+
+
+def open_gates(model: nn.Module, inputs: Any, names: Collection[str] | None = None) -> Opened:
+    """Run `model` without dropout, with a gate of ones at every site (or those in `names`).
+
+    Gradients are recorded whether or not the caller has switched them off, because the gates
+    need them.
+    """
+    gates: list[Gate] = []
+    unmeasured: dict[str, str] = {}
+
+    def visit(call: Call, x: Tensor) -> Tensor:
+        site = site_of(call, active=call.on)
+        if site.law is None:
+            unmeasured[site.name] = site.reason or "its law is not known"
+            return x
+        if names is not None and call.name not in names:
+            return x
+        # One number seen through strides of zero: a gate costs no memory of its own.
+        gate = torch.ones((), dtype=x.dtype, device=x.device).expand(x.shape).requires_grad_()
+        gates.append(Gate(call.name, site.law, gate))
+        return x * gate
+
+    with torch.enable_grad(), guarded(model), intercept(model, visit):
+        switch_on(model)
+        outputs = predictions(model, inputs)
+    return Opened(outputs, tuple(gates), unmeasured)
+
+
+def draw_masks(
+    generator: torch.Generator, names: Collection[str] | None = None
+) -> Callable[[Call, Tensor], Tensor]:
+    """A visitor for `masks_replaced` that multiplies by fresh masks, at `names` only if given."""
+
+    def visit(call: Call, x: Tensor) -> Tensor:
+        if call.law is None or (names is not None and call.name not in names):
+            return x
+        return x * call.law.sample(x.shape, generator, device=x.device, dtype=x.dtype)
+
+    return visit
