@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from droplens.discovery import Site as Site
     from droplens.discovery import sites as sites
     from droplens.estimates import Estimate as Estimate
+    from droplens.penalties import decompose as decompose
+    from droplens.penalties import penalty as penalty
 
 __version__ = "0.1.0"
 
@@ -20,6 +22,8 @@ _ROOMS = ("masks",)
 _HOMES = {
     "Estimate": "estimates",
     "Site": "discovery",
+    "decompose": "penalties",
+    "penalty": "penalties",
     "sites": "discovery",
 }
 

@@ -1,0 +1,6 @@
+"""What dropout costs, in units of the loss: gap = spread + shift (theory §3.1)."""
+
+from droplens.penalties._decompose import Decomposition, Parts, decompose
+from droplens.penalties._penalty import Penalty, penalty
+
+__all__ = ["Decomposition", "Parts", "Penalty", "decompose", "penalty"]

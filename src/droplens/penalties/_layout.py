@@ -1,0 +1,88 @@
+"""Which elements of a site's tensor belong to which example."""
+
+import torch
+from torch import Tensor
+
+from droplens.gates import Gate
+from droplens.masks import Bernoulli, Covariance, Gaussian
+from droplens.products import pull_back
+
+
+def example_axis(f: Tensor, gate: Gate) -> int:
+    """The axis of the gate along which examples lie; 0 also means "n·m rows, example by example".
+
+    A tensor of shape (n, …) is taken at its word when no other axis has length n. Otherwise
+    (sequence-first layouts, folded windows and heads) one backward pass from the first example
+    alone shows where its elements are.
+
+    Raises:
+        ValueError: if the elements of an example cannot be told apart from another's.
+    """
+    n, shape = f.shape[0], tuple(gate.tensor.shape)
+    candidates = [axis for axis, length in enumerate(shape) if length == n]
+    if shape and shape[0] != n and shape[0] % n == 0:
+        candidates.insert(0, 0)
+    if candidates == [0]:
+        return 0
+    if candidates:
+        reached = _reached_by_first_example(f, gate.tensor)
+        for axis in candidates:
+            rest = reached.movedim(axis, 0)[shape[axis] // n :]
+            if not bool(rest.any()):
+                return axis
+    raise ValueError(
+        f"site {gate.name!r} has shape {shape}, in which the {n} examples cannot be told apart; "
+        "its mask mixes examples, so it has no penalty per example"
+    )
+
+
+def _reached_by_first_example(f: Tensor, gate: Tensor) -> Tensor:
+    cotangent = torch.zeros_like(f)
+    # Irregular weights, so that contributions of several terms do not cancel.
+    probe = torch.linspace(1.0, 2.0, f[0].numel(), dtype=f.dtype, device=f.device)
+    cotangent[0] = probe.reshape(f[0].shape)
+    return pull_back(f, cotangent, [gate])[0] != 0
+
+
+def to_rows(gate: Gate, axis: int, scores: Tensor) -> Tensor:
+    """Bring the example axis of `scores` (c, *shape) to the front of the gate's shape.
+
+    Raises:
+        ValueError: if the law ties units along an axis that would be moved.
+    """
+    if axis == 0:
+        return scores
+    if not isinstance(gate.law, Bernoulli | Gaussian):
+        raise ValueError(
+            f"site {gate.name!r} has its examples along axis {axis}, and a "
+            f"{type(gate.law).__name__} mask reads axis 0 as the batch; its coins mix examples"
+        )
+    return scores.movedim(axis + 1, 1)
+
+
+def covariance_of(gate: Gate, rows: Tensor) -> Covariance:
+    """C̄ of one row of `rows` (c, n_rows, *units), in their dtype.
+
+    Raises:
+        ValueError: if p = 1, naming the site.
+    """
+    try:
+        return gate.law.covariance(rows.shape[2:], device=rows.device, dtype=rows.dtype)
+    except ValueError as error:
+        raise ValueError(f"site {gate.name!r}: {error}") from error
+
+
+def output_covariance(gate: Gate, axis: int, scores: Tensor, n: int) -> Tensor:
+    """K = J_h C̄ J_hᵀ of every example, (n, C, C), from gate scores (C, *shape).
+
+    Rows beyond n (heads, windows) have coins of their own, so their covariances add up.
+    """
+    rows = to_rows(gate, axis, scores)
+    gram = covariance_of(gate, rows).gram(rows.movedim(0, 1))  # (n_rows, C, C)
+    return gram.unflatten(0, (n, -1)).sum(1) if gram.shape[0] != n else gram
+
+
+def quadratic_total(gate: Gate, axis: int, scores: Tensor) -> Tensor:
+    """Σ over rows of sᵀ C̄ s for one set of scores (*shape): a scalar."""
+    rows = to_rows(gate, axis, scores.unsqueeze(0))
+    return covariance_of(gate, rows).quadratic(rows).sum()
