@@ -122,7 +122,7 @@ class _Elementwise(Family):
     def _uniform(self, outputs: Tensor, scale: float = 1.0) -> Tensor:
         n = outputs.shape[0]
         weight = scale / self.normalizer(outputs, None)
-        return torch.full((n, outputs[0].numel() if n else 0), weight).to(outputs)
+        return outputs.new_full((n, outputs[0].numel() if n else 0), weight)
 
 
 @final

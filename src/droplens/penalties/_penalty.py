@@ -38,7 +38,7 @@ class Penalty:
     unmeasured: dict[str, str] = field(default_factory=dict)
 
     def __float__(self) -> float:
-        return float(self.total)
+        return float(self.total.detach())
 
 
 _ORDER = {

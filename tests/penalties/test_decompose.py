@@ -1,0 +1,152 @@
+"""The Monte-Carlo decomposition against sums over all masks."""
+
+import pytest
+import torch
+from tests.discovery.test_sites import Raises, assert_same_state, state_of
+from tests.penalties.test_penalty import deep_network, labels, randn, tail_network, x
+from tests.reference import all_coins, exact_parts
+from torch import nn
+
+import droplens as dl
+
+cross_entropy = nn.CrossEntropyLoss()
+
+
+def truth(net, p):
+    """gap, spread, shift of the mean loss by enumeration over both layers."""
+    totals = torch.zeros(3, dtype=torch.float64)
+    for row, label in zip(x, labels, strict=True):
+        probabilities, outputs = [], []
+        for probability, z in all_coins(8, p):
+            h = torch.tanh(net[0](row)) * z[:4] / (1 - p)
+            outputs.append(net[6](torch.tanh(net[3](h)) * z[4:] / (1 - p)).detach())
+            probabilities.append(probability)
+        totals += torch.tensor(
+            exact_parts(
+                torch.tensor(probabilities, dtype=torch.float64),
+                torch.stack(outputs),
+                net.eval()(row).detach(),
+                lambda f, label=label: torch.logsumexp(f, -1) - f[label],
+                lambda f: torch.logsumexp(f, -1),
+            ),
+            dtype=torch.float64,
+        )
+    return (totals / 5).tolist()
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_estimates_hold_the_enumerated_truth(p):
+    net = deep_network(p)
+    result = dl.decompose(net, x, labels, cross_entropy, 4000, seed=0, sites=[])
+    for estimate, value in zip(
+        (result.gap, result.spread, result.shift), truth(net, p), strict=True
+    ):
+        assert abs(estimate.value - value) <= 5 * estimate.standard_error
+    assert result.base.value == pytest.approx(cross_entropy(net.eval()(x), labels).item())
+    assert result.base.standard_error == 0
+    assert result.gap.n == result.draws == 4000
+
+
+def test_few_draws_are_unbiased_by_the_jackknife():
+    """With 4 draws the plug-in spread is a quarter too small; the jackknife's mean is not."""
+    net = deep_network(0.5)
+    _, spread, shift = truth(net, 0.5)
+    results = [dl.decompose(net, x, labels, cross_entropy, 4, seed=s, sites=[]) for s in range(600)]
+    errors = {}
+    for name, value in (("spread", spread), ("shift", shift)):
+        found = torch.tensor([getattr(r, name).value for r in results], dtype=torch.float64)
+        errors[name] = float(found.std()) / len(results) ** 0.5
+        assert abs(float(found.mean()) - value) <= 4 * errors[name]
+    assert spread / 4 > 8 * errors["spread"]  # the bias that is removed would be seen
+
+
+def test_parts_add_up_to_rounding_and_shift_vanishes_at_an_affine_tail():
+    net = tail_network(0.5)
+    result = dl.decompose(net, x, labels, cross_entropy, 500, seed=1)
+    assert result.gap.value == pytest.approx(result.spread.value + result.shift.value, abs=1e-12)
+    assert abs(result.shift.value) <= 5 * result.shift.standard_error
+    only = result.by_site["2"]
+    assert only.gap == result.gap  # one site: alone is together
+
+
+def test_sites_alone():
+    net = deep_network(0.3)
+    result = dl.decompose(net, x, labels, cross_entropy, 2000, seed=1)
+    assert list(result.by_site) == ["2", "5"]
+    tail = result.by_site["5"]
+    assert abs(tail.shift.value) <= 5 * tail.shift.standard_error
+    penalty = dl.penalty(net, x, cross_entropy, sites=["5"])
+    assert tail.spread.value == pytest.approx(float(penalty), rel=0.3)
+
+
+def test_squared_loss_equals_the_penalty_within_the_error():
+    net = tail_network(0.4)
+    y = randn(5, 3, seed=5)
+    result = dl.decompose(net, x, y, nn.MSELoss(), 4000, seed=3)
+    exact = float(dl.penalty(net, x, nn.MSELoss()))
+    assert abs(result.spread.value - exact) <= 5 * result.spread.standard_error
+
+
+def test_class_weights_in_another_dtype():
+    net = tail_network(0.4).float()
+    loss = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 0.5]))
+    result = dl.decompose(net, x.float(), labels, loss, 50, seed=3)
+    expected = loss(net.eval()(x.float()), labels).item()
+    assert result.base.value == pytest.approx(expected, rel=1e-5)
+    assert loss.weight.dtype == torch.float32
+
+
+def test_a_model_without_dropout_costs_nothing():
+    result = dl.decompose(nn.Linear(2, 3).double(), x, labels, cross_entropy, 10, seed=0)
+    assert (result.gap.value, result.spread.value, result.shift.value) == (0, 0, 0)
+    assert result.gap.standard_error == 0
+    assert result.by_site == {}
+
+
+def test_seeds_repeat_and_fresh_calls_differ():
+    net = deep_network()
+    state = torch.get_rng_state()
+    first = dl.decompose(net, x, labels, cross_entropy, 10)
+    second = dl.decompose(net, x, labels, cross_entropy, 10)
+    assert first.seed != second.seed
+    assert first.gap != second.gap
+    again = dl.decompose(net, x, labels, cross_entropy, 10, seed=first.seed)
+    assert again == first
+    generator = torch.Generator().manual_seed(0)
+    a = dl.decompose(net, x, labels, cross_entropy, 10, generator=generator)
+    b = dl.decompose(net, x, labels, cross_entropy, 10, generator=generator)
+    assert a.gap != b.gap
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_nothing_is_left_behind_also_after_an_error():
+    model = Raises().eval()
+    images = torch.zeros(2, 1, 4, 4)
+    before = state_of(model)
+    for run in (
+        lambda: dl.decompose(model, images, torch.tensor([0, 1]), cross_entropy, 2),
+        lambda: dl.penalty(model, images, cross_entropy),
+    ):
+        with pytest.raises(RuntimeError, match="the forward is broken"):
+            run()
+        assert_same_state(before, state_of(model))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"draws": 1}, ValueError, "draws has to be at least 2, but got 1"),
+        ({"draws": 2.5}, TypeError, "draws has to be an int, but got float"),
+        ({"targets": torch.full((5,), 9)}, ValueError, "label 9, but the outputs have 3 classes"),
+        ({"inputs": x[:0]}, ValueError, "inputs is empty"),
+        ({"inputs": x * torch.inf}, ValueError, "inputs holds NaN or Inf"),
+        ({"loss": nn.HuberLoss()}, TypeError, "loss HuberLoss is not one"),
+        ({"sites": ["head"]}, ValueError, "sites holds 'head'"),
+        ({"seed": -1}, ValueError, "seed has to be between 0"),
+    ],
+    ids=str,
+)
+def test_bad_arguments_are_named(arguments, error, message):
+    given = {"inputs": x, "targets": labels, "loss": cross_entropy, "draws": 10, **arguments}
+    with pytest.raises(error, match=message):
+        dl.decompose(deep_network(), **given)

@@ -1,0 +1,349 @@
+"""Penalties against dense Gauss–Newton matrices, enumerated masks and finite differences."""
+
+import math
+
+import pytest
+import torch
+from tests.reference import (
+    all_coins,
+    exact_parts,
+    gate_gauss_newton,
+    softmax_hessian,
+)
+from torch import nn
+
+import droplens as dl
+from droplens.penalties._divergence import normal_points
+
+METHODS = ["gaussian", "second_order"]
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def tail_network(p=0.3, units=4, classes=3):
+    """Dropout before the last linear layer only: affine in the gates."""
+    torch.manual_seed(1)
+    return nn.Sequential(
+        nn.Linear(2, units), nn.Tanh(), nn.Dropout(p), nn.Linear(units, classes)
+    ).double()
+
+
+def deep_network(p=0.3):
+    torch.manual_seed(2)
+    return nn.Sequential(
+        nn.Linear(2, 4), nn.Tanh(), nn.Dropout(p), nn.Linear(4, 4), nn.Tanh(), nn.Dropout(p),
+        nn.Linear(4, 3),
+    ).double()  # fmt: skip
+
+
+x = randn(5, 2)
+labels = torch.tensor([0, 2, 1, 1, 0])
+cross_entropy = nn.CrossEntropyLoss()
+
+
+def lam(p):
+    return p / (1 - p)
+
+
+def test_squared_loss_before_the_last_layer_is_exact():
+    """E ℓ(f_z) − ℓ(f_1) over all masks equals the penalty to rounding (theory head)."""
+    net = tail_network()
+    y = randn(5, 3, seed=3)
+    hidden = torch.tanh(net[0](x))
+    expected = 0.0
+    for probability, z in all_coins(4, 0.3):
+        f = net[3](hidden * z / 0.7)
+        expected += probability * float(((f - y) ** 2).mean())
+    expected -= float(((net[3](hidden) - y) ** 2).mean())
+    for method in METHODS:
+        value = dl.penalty(net, x, nn.MSELoss(), method)
+        assert float(value) == pytest.approx(expected, rel=1e-12)
+        assert "exact" in value.approximation
+
+
+def test_second_order_is_half_the_inner_product_of_mask_and_gauss_newton():
+    """½ ⟨C̄, G⟩ with G from dense Jacobians in all gates of both layers."""
+    net = deep_network()
+    expected = {"2": 0.0, "5": 0.0}
+    for row in x:
+
+        def through(gates, row=row):
+            h = torch.tanh(net[0](row)) * gates[:4]
+            return net[6](torch.tanh(net[3](h)) * gates[4:])
+
+        g = gate_gauss_newton(through, 8, softmax_hessian)
+        expected["2"] += 0.5 * lam(0.3) * float(torch.trace(g[:4, :4])) / 5
+        expected["5"] += 0.5 * lam(0.3) * float(torch.trace(g[4:, 4:])) / 5
+    value = dl.penalty(net, x, cross_entropy, "second_order")
+    assert {k: float(v) for k, v in value.by_site.items()} == pytest.approx(expected, rel=1e-10)
+    assert float(value) == pytest.approx(sum(expected.values()), rel=1e-10)
+
+
+def test_channel_masks_square_the_sum_over_the_group():
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(1, 3, 3, padding=1), nn.Tanh(), nn.Dropout2d(0.4), nn.Flatten(), nn.Linear(48, 3)
+    ).double()
+    images = randn(2, 1, 4, 4)
+    expected = 0.0
+    for image in images:
+        hidden = torch.tanh(net[0](image[None]))[0]
+
+        def through(gates, hidden=hidden):
+            return net[4]((hidden * gates[:, None, None]).flatten())
+
+        g = gate_gauss_newton(through, 3, softmax_hessian)
+        expected += 0.5 * lam(0.4) * float(torch.trace(g)) / 2
+    value = dl.penalty(net, images, cross_entropy, "second_order")
+    assert float(value) == pytest.approx(expected, rel=1e-10)
+
+
+def test_gaussian_value_against_monte_carlo_of_its_own_definition():
+    """E_ε[A(f+ε) − A(f) − ∇Aᵀε] with ε ~ N(0, K), K from a dense Jacobian; 6 s.e. + 1%."""
+    net = tail_network(p=0.5)
+    total, variance = 0.0, 0.0
+    draws = 40_000
+    for row in x:
+        hidden = torch.tanh(net[0](row))
+        jacobian = net[3].weight * hidden  # (C, units)
+        covariance = lam(0.5) * jacobian @ jacobian.mT
+        f = net[3](hidden)
+        factor = torch.linalg.cholesky(covariance + 1e-12 * torch.eye(3))
+        steps = randn(draws, 3, seed=7) @ factor.mT
+        values = (
+            torch.logsumexp(f + steps, -1) - torch.logsumexp(f, -1)
+            - steps @ torch.softmax(f, -1)
+        )  # fmt: skip
+        total += float(values.mean()) / 5
+        variance += float(values.var()) / draws / 25
+    value = float(dl.penalty(net, x, cross_entropy))
+    assert abs(value - total) <= 6 * math.sqrt(variance) + 0.01 * total
+
+
+def test_gaussian_spread_is_the_true_spread_under_gaussian_masks_at_the_tail():
+    """Gaussian masks before the last layer make the output noise Gaussian: only the point set errs.
+
+    The mask law is given by a module whose dropout is replaced, so compare with Monte Carlo.
+    """
+    net = tail_network(p=0.5, units=6)
+    hidden = torch.tanh(net[0](x))
+    generator = torch.Generator().manual_seed(3)
+    draws = 20_000
+    masks = 1 + torch.randn(draws, 5, 6, generator=generator, dtype=torch.float64)
+    outputs = net[3](hidden * masks)
+    centre = net[3](hidden)
+    excess = (
+        torch.logsumexp(outputs, -1) - torch.logsumexp(centre, -1)
+        - ((outputs - centre) * torch.softmax(centre, -1)).sum(-1)
+    ).mean(1)  # fmt: skip
+    error = float(excess.std()) / math.sqrt(draws)
+    value = float(dl.penalty(net, x, cross_entropy))
+    assert abs(value - float(excess.mean())) <= 6 * error + 0.01 * value
+
+
+def test_both_methods_agree_as_the_noise_shrinks():
+    values = {m: float(dl.penalty(tail_network(p=1e-4), x, cross_entropy, m)) for m in METHODS}
+    assert values["gaussian"] == pytest.approx(values["second_order"], rel=1e-3)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_gradient_is_that_of_finite_differences(method):
+    net = deep_network()
+    value = dl.penalty(net, x, cross_entropy, method).total
+    weight = net[3].weight
+    (gradient,) = torch.autograd.grad(value, weight)
+    for entry in ((0, 0), (2, 3)):
+        values = []
+        for step in (1e-5, -1e-5):
+            with torch.no_grad():
+                weight[entry] += step
+            values.append(float(dl.penalty(net, x, cross_entropy, method)))
+            with torch.no_grad():
+                weight[entry] -= step
+        slope = (values[0] - values[1]) / 2e-5
+        assert float(gradient[entry]) == pytest.approx(slope, rel=1e-5, abs=1e-9)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_without_gradients_no_graph_is_kept(method):
+    with torch.no_grad():
+        value = dl.penalty(deep_network(), x, cross_entropy, method)
+    assert not value.total.requires_grad
+    assert not any(v.requires_grad for v in value.by_site.values())
+    assert dl.penalty(deep_network(), x, cross_entropy, method).total.requires_grad
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("loss", [nn.MSELoss(), cross_entropy], ids=["squared", "cross-entropy"])
+def test_degenerate_rates_and_weights(method, loss):
+    assert float(dl.penalty(tail_network(p=0.0), x, loss, method)) == pytest.approx(0, abs=1e-12)
+    dead = tail_network()
+    nn.init.zeros_(dead[3].weight)
+    value = dl.penalty(dead, x, loss, method)
+    assert float(value) == pytest.approx(0, abs=1e-12)
+    (gradient,) = torch.autograd.grad(value.total, dead[3].weight)
+    assert bool(torch.isfinite(gradient).all())
+    one = dl.penalty(tail_network(units=1), x[:1], loss, method)
+    assert float(one.total) >= 0
+    with pytest.raises(ValueError, match="site '2': p = 1 drops every unit"):
+        dl.penalty(tail_network(p=1.0), x, loss, method)
+
+
+def test_the_mode_does_not_matter_and_is_kept():
+    net = deep_network()
+    train = float(dl.penalty(net.train(), x, cross_entropy))
+    assert net.training
+    evaluated = float(dl.penalty(net.eval(), x, cross_entropy))
+    assert train == evaluated
+    assert not net.training
+
+
+def test_a_subset_of_sites():
+    net = deep_network()
+    whole = dl.penalty(net, x, cross_entropy)
+    part = dl.penalty(net, x, cross_entropy, sites=["5"])
+    assert list(part.by_site) == ["5"]
+    torch.testing.assert_close(part.total, whole.by_site["5"])
+    with pytest.raises(ValueError, match="sites holds '9', which the forward pass does not meet"):
+        dl.penalty(net, x, cross_entropy, sites=["9"])
+
+
+def test_sites_in_layouts_other_than_batch_first():
+    """Sequence-first, and rows of (example, position) folded together, give the same number."""
+
+    class Layout(nn.Module):
+        def __init__(self, how):
+            super().__init__()
+            self.how, self.drop = how, nn.Dropout(0.3)
+            torch.manual_seed(0)
+            self.inner, self.head = nn.Linear(2, 4), nn.Linear(4, 3)
+
+        def forward(self, sequence):  # (n, T, 2)
+            n, length, _ = sequence.shape
+            h = torch.tanh(self.inner(sequence))
+            if self.how == "batch first":
+                h = self.drop(h)
+            elif self.how == "sequence first":
+                h = self.drop(h.transpose(0, 1)).transpose(0, 1)
+            else:
+                h = self.drop(h.reshape(n * length, -1)).reshape(n, length, -1)
+            return self.head(h.mean(1))
+
+    for shape in ((5, 3, 2), (4, 4, 2), (2, 6, 2)):
+        data = randn(*shape)
+        for method in METHODS:
+            values = [
+                float(dl.penalty(Layout(how).double(), data, cross_entropy, method))
+                for how in ("batch first", "sequence first", "folded")
+            ]
+            assert values == pytest.approx([values[0]] * 3, rel=1e-10)
+
+
+def test_a_mask_that_mixes_examples_is_refused():
+    class Mixes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.drop = nn.Dropout(0.5)
+
+        def forward(self, h):
+            return h * self.drop(h.new_ones(1, 2))
+
+    with pytest.raises(ValueError, match="its mask mixes examples"):
+        dl.penalty(Mixes(), x, cross_entropy)
+
+
+def test_terms_of_one_example_add_up():
+    """Token-wise cross-entropy: (n, C, T) outputs against a loop over terms."""
+    torch.manual_seed(0)
+
+    class Tokens(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.drop, self.head = nn.Dropout(0.3), nn.Linear(4, 6)
+
+        def forward(self, h):
+            return self.head(self.drop(h)).unflatten(1, (3, 2))
+
+    net, data = Tokens().double(), randn(5, 4)
+
+    class One(nn.Module):
+        def __init__(self, t):
+            super().__init__()
+            self.t = t
+
+        def forward(self, h):
+            return net(h)[:, :, self.t]
+
+    for method in METHODS:
+        whole = float(dl.penalty(net, data, cross_entropy, method))
+        parts = []
+        for t in range(2):
+            one = One(t)
+            one.net = net
+            parts.append(float(dl.penalty(one, data, cross_entropy, method)))
+        assert whole == pytest.approx(sum(parts) / 2, rel=1e-10)
+
+
+def test_class_weights_need_targets_and_weigh_examples():
+    net = tail_network()
+    loss = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 0.0, 3.0], dtype=torch.float64))
+    with pytest.raises(ValueError, match="pass targets="):
+        dl.penalty(net, x, loss)
+    for method in METHODS:
+        value = float(dl.penalty(net, x, loss, method, targets=labels))
+        each = [float(dl.penalty(net, x[i : i + 1], cross_entropy, method)) for i in range(5)]
+        weights = [1.0, 3.0, 0.0, 0.0, 1.0]
+        expected = sum(w * v for w, v in zip(weights, each, strict=True)) / 5
+        assert value == pytest.approx(expected, rel=1e-10)
+
+
+def test_single_precision_is_close_to_double():
+    net = deep_network(p=0.5)
+    wide = float(dl.penalty(net, x, cross_entropy))
+    assert float(dl.penalty(net.float(), x.float(), cross_entropy)) == pytest.approx(wide, rel=1e-4)
+
+
+def test_point_sets_are_centred_and_white():
+    for dimension in (1, 3, 10):
+        points = normal_points(dimension)
+        torch.testing.assert_close(points.mean(0), points.new_zeros(dimension), atol=1e-12, rtol=0)
+        covariance = points.mT @ points / len(points)
+        torch.testing.assert_close(
+            covariance, torch.eye(dimension, dtype=torch.float64), atol=1e-12, rtol=0
+        )
+
+
+def test_bad_arguments_are_named():
+    net = tail_network()
+    with pytest.raises(ValueError, match="method has to be 'gaussian' or 'second_order', but"):
+        dl.penalty(net, x, cross_entropy, "x")
+    with pytest.raises(TypeError, match="loss L1Loss is not one"):
+        dl.penalty(net, x, nn.L1Loss())
+    with pytest.raises(ValueError, match="label 7, but the outputs have 3 classes"):
+        dl.penalty(net, x, cross_entropy, targets=torch.full((5,), 7))
+    nn.init.constant_(net[0].bias, torch.nan)
+    with pytest.raises(ValueError, match=r"weight '0\.bias' holds NaN or Inf"):
+        dl.penalty(net, x, cross_entropy)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_gap_is_spread_plus_shift_over_all_masks(p):
+    """Enumeration of all 2⁸ masks of two layers, one tanh layer after the first (theory §3.1)."""
+    net = deep_network(p)
+    for row, label in zip(x, labels, strict=True):
+        probabilities, outputs = [], []
+        for probability, z in all_coins(8, p):
+            h = torch.tanh(net[0](row)) * z[:4] / (1 - p)
+            outputs.append(net[6](torch.tanh(net[3](h)) * z[4:] / (1 - p)).detach())
+            probabilities.append(probability)
+        gap, spread, shift = exact_parts(
+            torch.tensor(probabilities, dtype=torch.float64),
+            torch.stack(outputs),
+            net.eval()(row).detach(),
+            lambda f, label=label: torch.logsumexp(f, -1) - f[label],
+            lambda f: torch.logsumexp(f, -1),
+        )
+        assert abs(gap - spread - shift) <= 1e-12
+        assert spread > 0
