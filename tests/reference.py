@@ -49,7 +49,7 @@ def gate_gauss_newton(
     """G = JᵀHJ of one example by a dense Jacobian in its gates: (units, units)."""
     ones = torch.ones(n_units, dtype=torch.float64)
     jacobian = torch.autograd.functional.jacobian(f_of_gates, ones)
-    return jacobian.mT @ hessian(f_of_gates(ones)) @ jacobian
+    return (jacobian.mT @ hessian(f_of_gates(ones)) @ jacobian).detach()
 
 
 def softmax_hessian(f: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ def test_estimates_hold_the_enumerated_truth(p):
         (result.gap, result.spread, result.shift), truth(net, p), strict=True
     ):
         assert abs(estimate.value - value) <= 5 * estimate.standard_error
-    assert result.base.value == pytest.approx(cross_entropy(net.eval()(x), labels).item())
+    assert result.base.value == pytest.approx(cross_entropy(net.eval()(x), labels).detach().item())
     assert result.base.standard_error == 0
     assert result.gap.n == result.draws == 4000
 
@@ -91,7 +91,7 @@ def test_class_weights_in_another_dtype():
     net = tail_network(0.4).float()
     loss = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 0.5]))
     result = dl.decompose(net, x.float(), labels, loss, 50, seed=3)
-    expected = loss(net.eval()(x.float()), labels).item()
+    expected = loss(net.eval()(x.float()), labels).detach().item()
     assert result.base.value == pytest.approx(expected, rel=1e-5)
     assert loss.weight.dtype == torch.float32
 
