@@ -13,7 +13,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from droplens.masks._draws import coins, normals, resolve_generator
+from droplens.masks._draws import coins, normals, sample_options
 from droplens.masks._law import (
     Covariance,
     Law,
@@ -21,7 +21,6 @@ from droplens.masks._law import (
     check_rate,
     check_units,
     count,
-    floating,
     moments_options,
     relative_variance,
 )
@@ -51,7 +50,10 @@ class GroupCovariance(Covariance):
         """Sum the scores of each run: (*batch, *units) -> (*batch, n/size)."""
         batch = scores.shape[: scores.dim() - len(self.units)]
         flat = scores.reshape(*batch, count(self.units))
-        return flat if self.size == 1 else flat.unflatten(-1, (-1, self.size)).sum(-1)
+        if self.size == 1 or not flat.shape[-1]:
+            return flat
+        runs: Tensor = flat.unflatten(-1, (-1, self.size))
+        return runs.sum(-1)
 
     def weigh(self, folded: Tensor) -> Tensor:
         """λ times the folded scores."""
@@ -107,17 +109,13 @@ class CoinLaw(Law):
             The mask, 0 or 1/(1 − p) for coins; zeros at p = 1.
 
         Raises:
-            TypeError: if `dtype` is not floating point.
-            ValueError: if `shape` has no batch axis, or does not fit the law.
+            TypeError: if an argument is of the wrong type, or `dtype` is not floating point.
+            ValueError: if `shape` has no batch axis or does not fit the law, or both `generator`
+                and `seed` are given.
         """
-        lengths = check_units(shape)
-        if not lengths:
-            raise ValueError("shape has to be (batch, *units), but got ()")
+        lengths, source, where, kind = sample_options(shape, generator, seed, device, dtype)
         batch, units = lengths[0], lengths[1:]
-        where = torch.device(device or (generator.device if generator is not None else "cpu"))
-        kind = floating(dtype)
         size = self.run_length(units)
-        source = resolve_generator(generator, seed, where)
         if self.p == 1:
             return torch.zeros(lengths, device=where, dtype=kind)
         runs = (batch, count(units) // size if size else 0)
@@ -136,7 +134,9 @@ class CoinLaw(Law):
         where, kind = moments_options(device, dtype)
         lengths = check_units(units)
         self.run_length(lengths)
-        return torch.full(lengths, self.keep_mean(), device=where, dtype=kind)
+        # At p = 1 every law drops everything, the Gaussian one too.
+        keep = 0.0 if self.p == 1 else self.keep_mean()
+        return torch.full(lengths, keep, device=where, dtype=kind)
 
     def covariance(
         self,

@@ -1,24 +1,55 @@
 """Raw draws of coins and normals, by the fast in-place route where torch allows it."""
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from droplens.masks._law import check_units, floating
 from droplens.randomness import check_seed
 
 
-def resolve_generator(
-    generator: torch.Generator | None, seed: int | None, device: torch.device
-) -> torch.Generator | None:
-    """The generator to draw from; None means torch's global stream.
+class SampleOptions(NamedTuple):
+    """What a law needs to draw: the mask's shape, its source of randomness, device and dtype."""
+
+    lengths: tuple[int, ...]  # (batch, *units)
+    source: torch.Generator | None  # None: torch's global stream
+    device: torch.device
+    dtype: torch.dtype
+
+
+def sample_options(
+    shape: Sequence[int],
+    generator: torch.Generator | None,
+    seed: int | None,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+) -> SampleOptions:
+    """Check and complete the arguments of `sample`.
 
     Raises:
-        ValueError: if both `generator` and `seed` are given.
+        TypeError: if an argument is of the wrong type, or `dtype` is not floating point.
+        ValueError: if `shape` has no batch axis, `generator` and `seed` are both given, or the
+            seed is out of range.
     """
-    if seed is None:
-        return generator
-    if generator is not None:
+    lengths = check_units(shape)
+    if not lengths:
+        raise ValueError("shape has to be (batch, *units), but got ()")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(
+            f"generator has to be a torch.Generator, but got {type(generator).__name__}"
+        )
+    if generator is not None and seed is not None:
         raise ValueError("give generator= or seed=, not both")
-    return torch.Generator(device=device).manual_seed(check_seed(seed))
+    if device is not None:
+        where = torch.device(device)
+    else:
+        where = generator.device if generator is not None else torch.get_default_device()
+    kind = floating(dtype)
+    if seed is not None and check_seed(seed) is not None and where.type != "meta":
+        generator = torch.Generator(device=where).manual_seed(seed)
+    return SampleOptions(lengths, generator, where, kind)
 
 
 def _in_place_allowed() -> bool:

@@ -36,7 +36,8 @@ def check_units(units: Units) -> tuple[int, ...]:
     """
     lengths = (units,) if isinstance(units, int) else tuple(units)
     for length in lengths:
-        if isinstance(length, bool) or not isinstance(length, int):
+        # Graph capture with dynamic shapes brings symbolic lengths.
+        if isinstance(length, bool) or not isinstance(length, int | torch.SymInt):
             raise TypeError(f"units has to be ints, but got {type(length).__name__} in {lengths}")
         if length < 0:
             raise ValueError(f"units has to hold lengths of at least 0, but got {lengths}")
