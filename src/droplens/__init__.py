@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from droplens import masks as masks
     from droplens.discovery import Site as Site
+    from droplens.discovery import register_site as register_site
     from droplens.discovery import sites as sites
     from droplens.estimates import Estimate as Estimate
     from droplens.penalties import decompose as decompose
@@ -24,6 +25,7 @@ _HOMES = {
     "Site": "discovery",
     "decompose": "penalties",
     "penalty": "penalties",
+    "register_site": "discovery",
     "sites": "discovery",
 }
 

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from tests.discovery.test_sites import Raises, assert_same_state, state_of
-from tests.penalties.test_penalty import deep_network, labels, randn, tail_network, x
-from tests.reference import all_coins, exact_parts
 from torch import nn
 
 import droplens as dl
+from tests.discovery.test_sites import Raises, assert_same_state, state_of
+from tests.penalties.test_penalty import deep_network, labels, randn, tail_network, x
+from tests.reference import all_coins, exact_parts
 
 cross_entropy = nn.CrossEntropyLoss()
 

@@ -4,16 +4,16 @@ import math
 
 import pytest
 import torch
+from torch import nn
+
+import droplens as dl
+from droplens.penalties._divergence import normal_points
 from tests.reference import (
     all_coins,
     exact_parts,
     gate_gauss_newton,
     softmax_hessian,
 )
-from torch import nn
-
-import droplens as dl
-from droplens.penalties._divergence import normal_points
 
 METHODS = ["gaussian", "second_order"]
 
@@ -77,7 +77,9 @@ def test_second_order_is_half_the_inner_product_of_mask_and_gauss_newton():
         expected["2"] += 0.5 * lam(0.3) * g[:4, :4].trace().item() / 5
         expected["5"] += 0.5 * lam(0.3) * g[4:, 4:].trace().item() / 5
     value = dl.penalty(net, x, cross_entropy, "second_order")
-    assert {k: float(v.detach()) for k, v in value.by_site.items()} == pytest.approx(expected, rel=1e-10)
+    assert {k: float(v.detach()) for k, v in value.by_site.items()} == pytest.approx(
+        expected, rel=1e-10
+    )
     assert float(value) == pytest.approx(sum(expected.values()), rel=1e-10)
 
 

@@ -30,6 +30,11 @@ def guarded(model: nn.Module) -> Iterator[None]:
                     buffer.copy_(before)
 
 
+# Layers whose train mode does something else than drop units: norm layers take their statistics
+# from the batch, and a randomized leaky ReLU draws slopes.
+KEPT_IN_EVAL = (_NormBase, nn.RReLU)
+
+
 def switch_on(model: nn.Module) -> None:
     """Put every module in train mode except norm layers, whose statistics are the data's.
 
@@ -37,4 +42,4 @@ def switch_on(model: nn.Module) -> None:
     what is asked for here is what its dropout does when it is on.
     """
     for module in model.modules():
-        module.training = not isinstance(module, _NormBase)
+        module.training = not isinstance(module, KEPT_IN_EVAL)

@@ -10,6 +10,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from droplens.discovery._calls import FUNCTIONS, Call, read_call
+from droplens.discovery._composites import (
+    ATTENTION,
+    RECURRENT,
+    Attention,
+    attend,
+    drops_between_layers,
+    is_on,
+    rate,
+    recur,
+)
+from droplens.discovery._registry import Masking, masking_of
+from droplens.masks import Bernoulli
 
 Visit = Callable[[Call, Tensor], Tensor]
 
@@ -42,17 +54,23 @@ class Tracker:
         if self.running and self.running[-1] is module:
             self.running.pop()
 
-    def name(self, function: str) -> tuple[str, str | None]:
+    def path(self) -> str:
+        """Where in the module tree the pass is."""
+        return self.paths[self.running[-1]] if self.running else ""
+
+    def name_call(self, function: str) -> tuple[str, str | None]:
         """A name for the call that is being made, and the dropout module that makes it."""
-        owner = self.running[-1] if self.running else None
-        path = self.paths[owner] if owner is not None else ""
+        owner, path = (self.running[-1] if self.running else None), self.path()
         if isinstance(owner, nn.modules.dropout._DropoutNd):
-            name, kind = path or type(owner).__name__, type(owner).__name__
-        else:
-            name, kind = f"{path}.{function}" if path else function, None
+            kind = type(owner).__name__
+            return self.number(path or kind), kind
+        return self.number(f"{path}.{function}" if path else function), None
+
+    def number(self, name: str) -> str:
+        """`name`, with "#2", "#3"… when it was met before in this pass."""
         count = self.met.get(name, 0) + 1
         self.met[name] = count
-        return (name if count == 1 else f"{name}#{count}"), kind
+        return name if count == 1 else f"{name}#{count}"
 
 
 class _Interceptor(TorchFunctionMode):
@@ -78,13 +96,39 @@ class _Interceptor(TorchFunctionMode):
             # composite pass its own override check once, or it would call us for ever.
             with _override_check_passed_once(), self:
                 return func(*args, **kwargs)
+        if func is ATTENTION:
+            return self._attention(Attention(*args, **kwargs))
+        if func in RECURRENT and drops_between_layers(args):
+            return self._recurrent(func, args)
         return func(*args, **kwargs)
+
+    def _attention(self, given: Attention) -> Tensor:
+        # Numbered also when off, so that a call has one name in every mode.
+        name, _ = self.tracker.name_call("attention")
+        if not given.dropout_p > 0:
+            return ATTENTION(**vars(given))
+        law = Bernoulli(given.dropout_p)
+
+        def drop(weights: Tensor) -> Tensor:
+            kind = "F.scaled_dot_product_attention"
+            return self.visit(Call(name, kind, law, None, tuple(weights.shape), True), weights)
+
+        return attend(given, drop)
+
+    def _recurrent(self, func: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Tensor, ...]:
+        law, on = Bernoulli(rate(args)), is_on(args)
+
+        def drop(x: Tensor) -> Tensor:
+            name, _ = self.tracker.name_call("dropout")
+            return self.visit(Call(name, RECURRENT[func], law, None, tuple(x.shape), on), x)
+
+        return recur(func, args, drop)
 
     def _dropout(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Tensor:
         reading, kind, law, reason = read_call(func, args, kwargs)
-        name, module_kind = self.tracker.name(kind.split(".")[-1])
+        name, module_kind = self.tracker.name_call(kind.split(".")[-1])
         call = Call(name, module_kind or kind, law, reason, tuple(reading.x.shape), reading.on)
         return self.visit(call, reading.x)
 
@@ -106,16 +150,50 @@ def _override_check_passed_once() -> Iterator[None]:
 
 
 @contextmanager
-def intercept(model: nn.Module, visit: Visit) -> Iterator[None]:
+def _masking_modules(tracker: Tracker, visit: Visit) -> Iterator[None]:
+    """Put `visit` in the place of every forward that is one mask."""
+    patched: list[nn.Module] = []
+    try:
+        for module, path in tracker.paths.items():
+            masking = masking_of(module)
+            if masking is None or "forward" in vars(module):
+                continue
+            vars(module)["forward"] = _visited(module, path, masking, tracker, visit)
+            patched.append(module)
+        yield
+    finally:
+        for module in patched:
+            del vars(module)["forward"]
+
+
+def _visited(
+    module: nn.Module, path: str, masking: Masking, tracker: Tracker, visit: Visit
+) -> Callable[[Tensor], Tensor]:
+    kind = type(module).__name__
+
+    def forward(x: Tensor) -> Tensor:
+        name = tracker.number(path or kind)
+        law, shape = masking.law, tuple(x.shape)
+        return visit(Call(name, kind, law, masking.reason, shape, module.training), x)
+
+    return forward
+
+
+@contextmanager
+def intercept(model: nn.Module, visit: Visit) -> Iterator[Tracker]:
     """While open, every stochastic call of `model` returns `visit(call, x)` and draws nothing.
 
     Modes are left alone: put the model in the mode you want under `guarded` first. Attention runs
     on torch's maths kernel meanwhile, because the fused ones have no double backward.
+
+    Yields:
+        A tracker that knows where in the module tree the pass is.
     """
     tracker = Tracker(model)
     with (
         tracker.following(),
+        _masking_modules(tracker, visit),
         sdpa_kernel(SDPBackend.MATH),
         _Interceptor(tracker, visit),
     ):
-        yield
+        yield tracker

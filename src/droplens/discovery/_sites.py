@@ -1,16 +1,18 @@
 """List the stochastic sites of a model: two passes, in the mode it came in and with all on."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from droplens.calling import call as call_model
 from droplens.calling import check_inputs
 from droplens.discovery._calls import Call
 from droplens.discovery._guard import guarded, switch_on
-from droplens.discovery._intercept import intercept
+from droplens.discovery._intercept import Tracker, intercept
 from droplens.masks import Law
 
 
@@ -45,6 +47,29 @@ def site_of(call: Call, active: bool) -> Site:
     return Site(call.name, call.kind, law, call.shape, active, reason)
 
 
+class _Net(TorchDispatchMode):
+    """Catches random operations that no dropout call accounts for."""
+
+    def __init__(self, tracker: Tracker, note: Callable[[Call], None]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+        self.tracker = tracker
+        self.note = note
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            operation = func.overloadpacket.__name__
+            path = self.tracker.path()
+            name = self.tracker.number(f"{path}.{operation}" if path else operation)
+            first = result[0] if isinstance(result, tuple) else result
+            shape = tuple(first.shape) if isinstance(first, Tensor) else ()
+            reason = f"it draws random numbers by {operation}, outside any dropout call"
+            self.note(Call(name, operation, None, reason, shape, True))
+        return result
+
+
 def sites(model: nn.Module, inputs: Any) -> tuple[Site, ...]:
     """Find every stochastic site that a forward pass meets, whatever mode the model is in.
 
@@ -71,21 +96,23 @@ def sites(model: nn.Module, inputs: Any) -> tuple[Site, ...]:
     as_it_came: dict[str, bool] = {}
     switched_on: list[Call] = []
 
-    def note_activity(call: Call, x: Tensor) -> Tensor:
+    def note_activity(call: Call) -> None:
         as_it_came[call.name] = call.on
-        return x
-
-    def note_call(call: Call, x: Tensor) -> Tensor:
-        switched_on.append(call)
-        return x
 
     with guarded(model), torch.no_grad():
-        for norm in model.modules():
-            if isinstance(norm, nn.modules.batchnorm._NormBase):
-                norm.training = False
-        with intercept(model, note_activity):
-            call_model(model, inputs)
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._NormBase):
+                module.training = False
+        _watch(model, inputs, note_activity)
         switch_on(model)
-        with intercept(model, note_call):
-            call_model(model, inputs)
+        _watch(model, inputs, switched_on.append)
     return tuple(site_of(call, as_it_came.get(call.name, False)) for call in switched_on)
+
+
+def _watch(model: nn.Module, inputs: Any, note: Callable[[Call], None]) -> None:
+    def visit(call: Call, x: Tensor) -> Tensor:
+        note(call)
+        return x
+
+    with intercept(model, visit) as tracker, _Net(tracker, note):
+        call_model(model, inputs)
