@@ -1,9 +1,9 @@
 """What a measurement lets us say: a plain sentence with its rule, its threshold and its error."""
 
-import math
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, get_args
 
+from droplens._plain import plain
 from droplens.estimates import Estimate
 
 Outcome = Literal["yes", "no", "holds", "does not hold", "cannot conclude"]
@@ -78,17 +78,8 @@ class Verdict:
             "sentence": self.sentence,
             "outcome": self.outcome,
             "rule": self.rule,
-            "threshold": _finite(self.threshold),
-            "measured": {
-                "value": _finite(self.measured.value),
-                "standard_error": _finite(self.measured.standard_error),
-                "n": self.measured.n,
-                "over": self.measured.over,
-            },
+            "threshold": plain(self.threshold),
+            "measured": plain(self.measured),
             "n": self.n,
             "unit": self.unit,
         }
-
-
-def _finite(number: float) -> float | None:
-    return float(number) if math.isfinite(number) else None
