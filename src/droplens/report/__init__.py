@@ -18,7 +18,7 @@ from droplens.report._document import (
 )
 from droplens.report._environment import environment
 from droplens.report._figures import Curve, bars, dots, lines, spectra, split
-from droplens.report._files import check_target, to_json, write_page, write_report
+from droplens.report._files import check_report, check_target, to_json, write_page, write_report
 from droplens.report._numbers import format_cell, format_number
 from droplens.report._page import MAX_BYTES, render_page
 from droplens.report._text import print_verdicts, render_fragment, render_text
@@ -35,6 +35,7 @@ __all__ = [
     "Section",
     "Table",
     "bars",
+    "check_report",
     "check_target",
     "dots",
     "environment",

@@ -36,13 +36,23 @@ def write_report(document: Document, path: str | os.PathLike[str]) -> tuple[Path
         ValueError: if a chart cannot be drawn, the page would pass 2 MB, or `path` itself ends
             in .json.
     """
-    page = check_target(path)
+    page, twin = check_report(path)
+    write_whole({page: render_page(document), twin: to_json(document)})
+    return page, twin
+
+
+def check_report(path: str | os.PathLike[str]) -> tuple[Path, Path]:
+    """Where the page and its twin would stand; refuses what `write_report` could not write.
+
+    Raises:
+        OSError: if either cannot be written.
+        ValueError: if `path` itself ends in .json.
+    """
+    page = Path(path)
     twin = page.with_suffix(".json")
     if twin == page:
         raise ValueError(f"path has to name the page, not its JSON twin, but got {str(page)!r}")
-    check_target(twin)
-    write_whole({page: render_page(document), twin: to_json(document)})
-    return page, twin
+    return check_target(page), check_target(twin)
 
 
 def check_target(path: str | os.PathLike[str]) -> Path:

@@ -1,0 +1,1 @@
+"""The demonstration: digits, with and without dropout, trained, inspected and compared."""
