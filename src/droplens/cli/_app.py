@@ -5,13 +5,12 @@ from typing import Annotated
 import typer
 
 from droplens.cli import demo
-from droplens.cli._shell import BAD_INPUT
 
 app = typer.Typer(
     name="droplens",
     help="See what dropout does to your PyTorch network.",
     epilog="Every command has its own --help. Exit status: 0 done; 1 a verdict differs from the "
-    "expected one, or a finding; 2 bad input.",
+    "expected one, or a finding; 2 bad input; 3 a defect of droplens itself.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -31,23 +30,18 @@ def _show_version(wanted: bool) -> None:
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Say which.")
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Print the version and leave."
+        ),
     ] = False,
 ) -> None:
     """See what dropout does to your PyTorch network."""
 
 
-app.command("demo")(demo.demo)
+app.command("demo", epilog=demo.EXAMPLE)(demo.demo)
 
 
 def main() -> None:
-    """Run the command line.
-
-    Raises:
-        SystemExit: always, with status 0, 1 or 2.
-    """
-    try:
-        app()
-    except KeyboardInterrupt:
-        typer.echo("droplens: interrupted", err=True)
-        raise SystemExit(BAD_INPUT) from None
+    """Run the command line; always leaves by SystemExit, with the status the epilog tells."""
+    app()

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,12 @@ DIFFERS: Final = 1
 
 BAD_INPUT: Final = 2
 """Exit status for input that no result can come of."""
+
+DEFECT: Final = 3
+"""Exit status when droplens itself broke, so that scripts do not take it for a finding."""
+
+INTERRUPTED: Final = 130
+"""Exit status after Ctrl-C, as shells have it."""
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
@@ -53,25 +60,35 @@ SeedOption = Annotated[
 
 
 def guarded(command: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
-    """Turn the library's refusals into one line on standard error and exit status 2.
+    """Give every way a command can end its exit status, and the reader a line instead of a trace.
 
-    With DROPLENS_DEBUG=1 in the environment the traceback comes through instead.
+    What the library refuses (ValueError, TypeError, OSError) is bad input: one line on standard
+    error, after the traceback where DROPLENS_DEBUG=1 asks for it. Anything else is a defect.
     """
 
     @functools.wraps(command)
     def run(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
         try:
             return command(*args, **kwargs)
+        except (typer.Exit, typer.Abort, typer.BadParameter):
+            raise
+        except KeyboardInterrupt:
+            typer.echo("droplens: interrupted", err=True)
+            raise typer.Exit(INTERRUPTED) from None
         except BrokenPipeError:
             # The reader of our output has left, as `head` does; there is nobody to tell.
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             raise typer.Exit from None
         except (ValueError, TypeError, OSError) as error:
             if os.environ.get("DROPLENS_DEBUG") == "1":
-                raise
+                traceback.print_exc()
             reason = " ".join(str(error).split()) or type(error).__name__
             typer.echo(f"droplens: error: {reason}", err=True)
             raise typer.Exit(BAD_INPUT) from error
+        except Exception as error:
+            traceback.print_exc()
+            typer.echo("droplens: this is a defect of droplens; please report it", err=True)
+            raise typer.Exit(DEFECT) from error
 
     return run
 

@@ -15,7 +15,7 @@ from droplens.cli._shell import (
     progress,
 )
 
-_EXAMPLE = "Example:  droplens demo --seed 0 -o digits.html"
+EXAMPLE = "Example:  droplens demo --seed 0 -o digits.html"
 
 
 @guarded

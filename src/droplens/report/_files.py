@@ -48,11 +48,11 @@ def check_report(path: str | os.PathLike[str]) -> tuple[Path, Path]:
         OSError: if either cannot be written.
         ValueError: if `path` itself ends in .json.
     """
-    page = Path(path)
+    page = check_target(path)
     twin = page.with_suffix(".json")
     if twin == page:
         raise ValueError(f"path has to name the page, not its JSON twin, but got {str(page)!r}")
-    return check_target(page), check_target(twin)
+    return page, check_target(twin)
 
 
 def check_target(path: str | os.PathLike[str]) -> Path:
