@@ -1,0 +1,46 @@
+"""Reports on terminals and in notebooks."""
+
+import math
+import re
+
+from tests import samples
+
+from droplens import report
+from droplens.estimates import Estimate
+
+
+def test_text_says_every_verdict_and_what_is_missing():
+    text = re.sub(r"\s+", " ", report.render_text(samples.document(), width=400))
+    for verdict in samples.verdicts():
+        assert verdict.outcome in text
+        assert verdict.sentence in text
+    assert "−0.021 ± 0.019 nats" in text
+    assert "the site decoder.path" in text
+
+
+def test_text_keeps_to_its_width():
+    text = report.render_text(samples.document(), width=70)
+    assert max(map(len, text.splitlines())) <= 70
+
+
+def test_text_does_not_read_markup():
+    text = report.render_text(report.Document("[bold]name[/bold]"))
+    assert "[bold]name[/bold]" in text
+
+
+def test_fragment_holds_verdicts_and_no_script():
+    fragment = report.render_fragment(samples.document())
+    assert "<script" not in fragment
+    for verdict in samples.verdicts():
+        assert verdict.rule.replace("'", "&#39;") in fragment
+
+
+def test_numbers():
+    assert report.format_number(math.nan) == "undefined"
+    assert report.format_number(-math.inf) == "−∞"
+    assert report.format_number(-0.0) == "0"
+    assert report.format_number(1e20) == "1 × 10²⁰"
+    assert report.format_cell(Estimate(1.0, math.nan, 1)) == "1"
+    assert report.format_cell(Estimate(2.5)) == "2.5"
+    assert report.format_cell(Estimate(1.2e-9, 3e-11, 5)).endswith("3 × 10⁻¹¹")
+    assert report.format_cell("words - kept") == "words - kept"
