@@ -60,7 +60,7 @@ def moments(outcomes: Outcomes) -> tuple[Tensor, Tensor]:
     probabilities, z = outcomes
     mean = (probabilities[:, None] * z).sum(0)
     centred = z / mean - 1
-    return mean, torch.einsum("m,ma,mb->ab", probabilities, centred, centred)
+    return mean, (probabilities[:, None] * centred).mT @ centred
 
 
 def product_variance(outcomes: Outcomes) -> Tensor:
@@ -68,7 +68,7 @@ def product_variance(outcomes: Outcomes) -> Tensor:
     probabilities, z = outcomes
     mean, covariance = moments(outcomes)
     squared = (z / mean - 1) ** 2
-    return torch.einsum("m,ma,mb->ab", probabilities, squared, squared) - covariance**2
+    return (probabilities[:, None] * squared).mT @ squared - covariance**2
 
 
 def _by_label(
@@ -84,3 +84,55 @@ def _by_label(
 def _tensors(probabilities: list[float], outcomes: list[list[float]]) -> Outcomes:
     z = torch.tensor(outcomes, dtype=torch.float64).reshape(len(probabilities), -1)
     return torch.tensor(probabilities, dtype=torch.float64), z
+
+
+def block(
+    p: float, size: int, grid: tuple[int, ...], n_grids: int = 1, shared: bool = False
+) -> Outcomes:
+    """All patterns of block starts on a grid, γ by bisection on the enumerated mean.
+
+    Several grids in an example: independent copies, or one mask repeated.
+    """
+    kept, n_fallen = _block_patterns(size, grid)
+    n_starts = int(n_fallen.max())
+
+    def probabilities(gamma: float) -> np.ndarray:
+        return gamma**n_fallen * (1 - gamma) ** (n_starts - n_fallen)
+
+    low, high = 0.0, 1.0
+    for _ in range(200):
+        middle = (low + high) / 2
+        too_few = 1 - float((probabilities(middle) @ kept).mean()) < p
+        low, high = (middle, high) if too_few else (low, middle)
+    chance = torch.from_numpy(probabilities((low + high) / 2))
+    one = torch.from_numpy(kept)
+    if shared:
+        return chance, one.repeat(1, n_grids)
+    chances, outcomes = chance, one
+    for _ in range(n_grids - 1):
+        chances = torch.outer(chances, chance).reshape(-1)
+        outcomes = torch.cat(
+            (
+                outcomes[:, None].expand(-1, len(one), -1),
+                one[None].expand(len(outcomes), -1, -1),
+            ),
+            -1,
+        ).reshape(len(chances), -1)
+    return chances, outcomes
+
+
+def _block_patterns(size: int, grid: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """Every subset of starts: which positions it keeps (m, n), how many starts it holds (m,)."""
+    sizes = [min(size, length) for length in grid]
+    corners = itertools.product(
+        *(range(length - s + 1) for length, s in zip(grid, sizes, strict=True))
+    )
+    covers = []
+    for corner in corners:
+        covered = np.zeros(grid)
+        covered[tuple(slice(c, c + s) for c, s in zip(corner, sizes, strict=True))] = 1
+        covers.append(covered.reshape(-1))
+    n_starts = len(covers)
+    fallen = (np.arange(2**n_starts)[:, None] >> np.arange(n_starts)) & 1
+    kept = (fallen @ np.array(covers) == 0).astype(np.float64)
+    return kept, fallen.sum(1)

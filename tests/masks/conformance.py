@@ -14,6 +14,7 @@ from tests import reference_masks as reference
 
 N_DRAWS = 40_000
 FALSE_ALARM = 1e-6
+EXACT = {"rtol": 1e-12, "atol": 1e-10}
 
 
 @dataclass(frozen=True)
@@ -57,17 +58,17 @@ class LawConformance:
         assert found.shape == case.units
         assert found.dtype == torch.float64
         assert found.device.type == "cpu"
-        torch.testing.assert_close(found.flatten(), mean, rtol=0, atol=1e-10)
+        torch.testing.assert_close(found.flatten(), mean, **EXACT)
 
     def test_covariance_is_that_of_all_masks(self, case: Case) -> None:
         _, expected = reference.moments(case.outcomes())
         covariance = case.law.covariance(case.units)
         dense = covariance.dense()
         assert dense.dtype == torch.float64
-        torch.testing.assert_close(dense, expected, rtol=0, atol=1e-10)
+        torch.testing.assert_close(dense, expected, **EXACT)
         diagonal = covariance.diagonal()
         assert diagonal.shape == case.units
-        torch.testing.assert_close(diagonal.flatten(), expected.diagonal(), rtol=0, atol=1e-10)
+        torch.testing.assert_close(diagonal.flatten(), expected.diagonal(), **EXACT)
 
     def test_quadratic_and_gram_are_those_of_the_dense_matrix(self, case: Case) -> None:
         generator = torch.Generator().manual_seed(1)
@@ -75,13 +76,11 @@ class LawConformance:
         covariance = case.law.covariance(case.units)
         dense, flat = covariance.dense(), scores.reshape(3, 2, -1)
         expected = torch.einsum("bca,ad,bed->bce", flat, dense, flat)
-        torch.testing.assert_close(covariance.gram(scores), expected, rtol=0, atol=1e-10)
+        torch.testing.assert_close(covariance.gram(scores), expected, **EXACT)
         quadratic = covariance.quadratic(scores)
         assert quadratic.shape == (3, 2)
-        torch.testing.assert_close(quadratic, expected.diagonal(dim1=1, dim2=2), rtol=0, atol=1e-10)
-        torch.testing.assert_close(
-            covariance.quadratic(scores[0, 0]), expected[0, 0, 0], rtol=0, atol=1e-10
-        )
+        torch.testing.assert_close(quadratic, expected.diagonal(dim1=1, dim2=2), **EXACT)
+        torch.testing.assert_close(covariance.quadratic(scores[0, 0]), expected[0, 0, 0], **EXACT)
 
     def test_quadratic_differentiates_twice(self, case: Case) -> None:
         covariance = case.law.covariance(case.units)
@@ -90,9 +89,7 @@ class LawConformance:
         )
         hessian = torch.autograd.functional.hessian(covariance.quadratic, scores)
         n = scores.numel()
-        torch.testing.assert_close(
-            hessian.reshape(n, n), 2 * covariance.dense(), rtol=0, atol=1e-10
-        )
+        torch.testing.assert_close(hessian.reshape(n, n), 2 * covariance.dense(), **EXACT)
 
     # Draws against moments.
 

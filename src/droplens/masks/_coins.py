@@ -19,6 +19,7 @@ from droplens.masks._law import (
     Law,
     Units,
     check_rate,
+    check_size,
     check_units,
     count,
     moments_options,
@@ -253,10 +254,7 @@ class Grouped(_BernoulliCoins):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.size, bool) or not isinstance(self.size, int):
-            raise TypeError(f"size has to be an int, but got {type(self.size).__name__}")
-        if self.size < 1:
-            raise ValueError(f"size has to be at least 1, but got {self.size}")
+        check_size(self.size, "size")
 
     def run_length(self, units: tuple[int, ...]) -> int:
         """`size`, if it divides the last axis.

@@ -52,27 +52,31 @@ def sample_options(
     return SampleOptions(lengths, generator, where, kind)
 
 
-def _in_place_allowed() -> bool:
-    # vmap refuses in-place draws on fresh tensors, and graph capture would bake them in.
-    return (
-        not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is None
-    )
+def eager() -> bool:
+    """Whether numbers may be drawn in place and sizes depend on them.
+
+    vmap refuses in-place draws on fresh tensors; graph capture and fake tensors would bake
+    data-dependent sizes in.
+    """
+    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    return not torch.utils._python_dispatch._get_current_dispatch_mode_stack()
 
 
 def coins(
     shape: tuple[int, ...],
-    keep: float,
+    rate: float | Tensor,
     generator: torch.Generator | None,
     device: torch.device,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Independent Bernoulli(keep) numbers, 0 or 1, of `shape`."""
-    if _in_place_allowed():
+    """Independent Bernoulli(rate) numbers, 0 or 1, of `shape`."""
+    if not isinstance(rate, Tensor) and eager():
         drawn = torch.empty(shape, device=device, dtype=dtype)
-        return drawn.bernoulli_(keep, generator=generator)
-    # rand takes no half-precision shortcuts: with few mantissa bits the rate would be off.
+        return drawn.bernoulli_(rate, generator=generator)
+    # Half precision has too few mantissa bits to hit the rate.
     uniform = torch.rand(shape, generator=generator, device=device, dtype=torch.float32)
-    return (uniform < keep).to(dtype)
+    return (uniform < rate).to(dtype)
 
 
 def normals(

@@ -27,6 +27,20 @@ def check_rate(p: float) -> float:
     return float(p)
 
 
+def check_size(size: int, name: str) -> int:
+    """Return a length of at least one, refusing what is not.
+
+    Raises:
+        TypeError: if `size` is not an int.
+        ValueError: if `size` is below 1.
+    """
+    if isinstance(size, bool) or not isinstance(size, int):
+        raise TypeError(f"{name} has to be an int, but got {type(size).__name__}")
+    if size < 1:
+        raise ValueError(f"{name} has to be at least 1, but got {size}")
+    return size
+
+
 def check_units(units: Units) -> tuple[int, ...]:
     """Return the shape of one example's units as a tuple of ints.
 
