@@ -7,13 +7,24 @@ import torch
 from torch import Tensor, nn
 
 
+class ForwardError(RuntimeError):
+    """The model's own forward raised; what it raised is the cause."""
+
+
 def call(model: nn.Module, inputs: Any) -> Any:
-    """Run `model` on a tensor, a tuple of positional or a mapping of keyword arguments."""
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    if isinstance(inputs, list | tuple):
-        return model(*inputs)
-    return model(inputs)
+    """Run `model` on a tensor, a tuple of positional or a mapping of keyword arguments.
+
+    Raises:
+        ForwardError: if the model's forward raises.
+    """
+    try:
+        if isinstance(inputs, Mapping):
+            return model(**inputs)
+        if isinstance(inputs, list | tuple):
+            return model(*inputs)
+        return model(inputs)
+    except Exception as error:
+        raise ForwardError(f"the model's forward raised {type(error).__name__}: {error}") from error
 
 
 def predictions(model: nn.Module, inputs: Any) -> Tensor:

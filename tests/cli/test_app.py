@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import typer
-from tests import samples
 
 from droplens import report
 from droplens.cli import _shell
+from tests import samples
 
 SLOW = ("torch", "numpy", "scipy", "sklearn", "altair", "jinja2", "vl_convert", "rich")
 

@@ -243,7 +243,7 @@ def test_sites_in_layouts_other_than_batch_first():
             assert values == pytest.approx([values[0]] * 3, rel=1e-10)
 
 
-def test_a_mask_that_mixes_examples_is_refused():
+def test_a_mask_that_mixes_examples_is_not_counted_and_refused_by_name():
     class Mixes(nn.Module):
         def __init__(self):
             super().__init__()
@@ -252,8 +252,11 @@ def test_a_mask_that_mixes_examples_is_refused():
         def forward(self, h):
             return h * self.drop(h.new_ones(1, 2))
 
+    value = dl.penalty(Mixes(), x, cross_entropy)
+    assert value.by_site == {}
+    assert "its mask mixes examples" in value.unmeasured["drop"]
     with pytest.raises(ValueError, match="its mask mixes examples"):
-        dl.penalty(Mixes(), x, cross_entropy)
+        dl.penalty(Mixes(), x, cross_entropy, sites=["drop"])
 
 
 def test_terms_of_one_example_add_up():

@@ -7,11 +7,11 @@ import altair
 import numpy as np
 import pytest
 import torch
-from tests import samples
 
 from droplens import report
 from droplens._plain import plain
 from droplens.estimates import Estimate
+from tests import samples
 
 
 def test_twin_is_strict_json_and_says_how_it_was_made():

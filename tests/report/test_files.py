@@ -6,9 +6,9 @@ import os
 import stat
 
 import pytest
-from tests import samples
 
 from droplens import report
+from tests import samples
 
 DOCUMENT = report.Document("Short", verdicts=samples.verdicts())
 

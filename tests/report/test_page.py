@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests import samples
 
 from droplens import report
+from tests import samples
 
 pytestmark = pytest.mark.browser
 

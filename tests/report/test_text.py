@@ -3,10 +3,9 @@
 import math
 import re
 
-from tests import samples
-
 from droplens import report
 from droplens.estimates import Estimate
+from tests import samples
 
 
 def test_text_says_every_verdict_and_what_is_missing():

@@ -44,20 +44,22 @@ def _reached_by_first_example(f: Tensor, gate: Tensor) -> Tensor:
     return pull_back(f, cotangent, [gate])[0] != 0
 
 
-def to_rows(gate: Gate, axis: int, scores: Tensor) -> Tensor:
-    """Bring the example axis of `scores` (c, *shape) to the front of the gate's shape.
+def check_law_along(gate: Gate, axis: int) -> None:
+    """Refuse a law whose coins lie across the examples.
 
     Raises:
         ValueError: if the law ties units along an axis that would be moved.
     """
-    if axis == 0:
-        return scores
-    if not isinstance(gate.law, Bernoulli | Gaussian):
+    if axis != 0 and not isinstance(gate.law, Bernoulli | Gaussian):
         raise ValueError(
             f"site {gate.name!r} has its examples along axis {axis}, and a "
-            f"{type(gate.law).__name__} mask reads axis 0 as the batch; its coins mix examples"
+            f"{type(gate.law).__name__} mask reads axis 0 as the batch; its mask mixes examples"
         )
-    return scores.movedim(axis + 1, 1)
+
+
+def to_rows(axis: int, scores: Tensor) -> Tensor:
+    """Bring the example axis of `scores` (c, *shape) to the front of the gate's shape."""
+    return scores.movedim(axis + 1, 1) if axis else scores
 
 
 def covariance_of(gate: Gate, rows: Tensor) -> Covariance:
@@ -77,12 +79,12 @@ def output_covariance(gate: Gate, axis: int, scores: Tensor, n: int) -> Tensor:
 
     Rows beyond n (heads, windows) have coins of their own, so their covariances add up.
     """
-    rows = to_rows(gate, axis, scores)
+    rows = to_rows(axis, scores)
     gram = covariance_of(gate, rows).gram(rows.movedim(0, 1))  # (n_rows, C, C)
     return gram.unflatten(0, (n, -1)).sum(1) if gram.shape[0] != n else gram
 
 
 def quadratic_total(gate: Gate, axis: int, scores: Tensor) -> Tensor:
     """Σ over rows of sᵀ C̄ s for one set of scores (*shape): a scalar."""
-    rows = to_rows(gate, axis, scores.unsqueeze(0))
+    rows = to_rows(axis, scores.unsqueeze(0))
     return covariance_of(gate, rows).quadratic(rows).sum()

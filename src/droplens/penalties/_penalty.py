@@ -12,7 +12,12 @@ from droplens.gates import Gate, Opened, open_gates
 from droplens.losses import Family
 from droplens.losses import family as family_of
 from droplens.penalties._divergence import gaussian_spread
-from droplens.penalties._layout import example_axis, output_covariance, quadratic_total
+from droplens.penalties._layout import (
+    check_law_along,
+    example_axis,
+    output_covariance,
+    quadratic_total,
+)
 from droplens.products import pull_back, term_jacobian
 
 Method = Literal["gaussian", "second_order"]
@@ -28,7 +33,7 @@ class Penalty:
             Gaussian values need not.
         method: how it was computed.
         approximation: of what order the value is, in words.
-        unmeasured: sites without a law, and why.
+        unmeasured: sites that are not counted (no law, or a mask that mixes examples), and why.
     """
 
     total: Tensor
@@ -97,16 +102,33 @@ def penalty(
     with torch.enable_grad():
         f = family.natural(opened.outputs)
         weights = family.weights(opened.outputs, targets)  # (n, T)
-        axes = [example_axis(f, gate) for gate in opened.gates]
+        gates, axes, mixing = _laid_out(f, opened.gates)
+        if sites is not None and mixing:
+            raise ValueError(next(iter(mixing.values())))
         if method == "second_order" or family.quadratic:
-            by_site = _second_order(family, f, weights, opened.gates, axes, keep)
+            by_site = _second_order(family, f, weights, gates, axes, keep)
             total = sum(by_site.values(), start=f.new_zeros(()))
         else:
-            total, by_site = _gaussian(family, f, weights, opened.gates, axes, keep)
+            total, by_site = _gaussian(family, f, weights, gates, axes, keep)
     if not keep:
         total, by_site = total.detach(), {k: v.detach() for k, v in by_site.items()}
     order = _EXACT if family.quadratic else _ORDER[method]
-    return Penalty(total, by_site, method, order, opened.unmeasured)
+    return Penalty(total, by_site, method, order, {**opened.unmeasured, **mixing})
+
+
+def _laid_out(f: Tensor, gates: Sequence[Gate]) -> tuple[list[Gate], list[int], dict[str, str]]:
+    """The gates whose examples can be told apart, along which axis, and why the others cannot."""
+    kept, axes, mixing = [], [], {}
+    for gate in gates:
+        try:
+            axis = example_axis(f, gate)
+            check_law_along(gate, axis)
+        except ValueError as error:
+            mixing[gate.name] = str(error)
+            continue
+        kept.append(gate)
+        axes.append(axis)
+    return kept, axes, mixing
 
 
 def _check_names(names: Sequence[str] | None, opened: Opened) -> None:
