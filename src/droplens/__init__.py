@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from droplens.discovery import register_site as register_site
     from droplens.discovery import sites as sites
     from droplens.estimates import Estimate as Estimate
+    from droplens.inspection import Comparison as Comparison
+    from droplens.inspection import Inspection as Inspection
+    from droplens.inspection import compare as compare
+    from droplens.inspection import inspect as inspect
     from droplens.penalties import decompose as decompose
     from droplens.penalties import penalty as penalty
 
@@ -23,6 +27,10 @@ _ROOMS = ("masks",)
 _HOMES = {
     "Estimate": "estimates",
     "Site": "discovery",
+    "Comparison": "inspection",
+    "Inspection": "inspection",
+    "compare": "inspection",
+    "inspect": "inspection",
     "decompose": "penalties",
     "penalty": "penalties",
     "register_site": "discovery",

@@ -1,0 +1,370 @@
+"""Networks side by side, such as with and without dropout, one or several seeds of each."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from droplens.batches import Batches, as_batches
+from droplens.estimates import Estimate, mean_estimate
+from droplens.inspection._cost import Cost, SiteCost
+from droplens.inspection._flatness import Scaled, outputs_of, scale_to_loss, scaled_loss
+from droplens.inspection._inspect import RADII, Inspection, Progress, accuracy_of, inspect
+from droplens.inspection._verdicts import Sets, cost_verdicts, sets_verdict
+from droplens.measure import Flatness
+from droplens.measure import flatness as measure_flatness
+from droplens.randomness import private_generator
+from droplens.verdicts import Verdict
+
+if TYPE_CHECKING:
+    from droplens.report import Document
+
+# Where flatness is judged: half the norm of every filter.
+JUDGED_RADIUS = 0.5
+
+
+@dataclass(frozen=True)
+class EqualLoss:
+    """Flatness of every network with its outputs scaled so that all have one loss.
+
+    Args:
+        loss: the common loss, that of the worst network.
+        scales: τ of every network, by set.
+        flatness: of the scaled networks, by set.
+    """
+
+    loss: float
+    scales: Mapping[str, tuple[float, ...]]
+    flatness: Mapping[str, tuple[Flatness, ...]]
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Loss and accuracy, dropout off, on data that was not trained on; one entry per network."""
+
+    loss: Mapping[str, tuple[float, ...]]
+    accuracy: Mapping[str, tuple[float | None, ...]]
+    examples: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Sets of networks, each inspected on the same data, and what sets them apart.
+
+    Args:
+        sets: inspections by set, in the order given.
+        costs: the mean cost of each set that drops units; errors over its networks (over masks
+            for a set of one).
+        equal_loss: flatness at equal loss; None where no common loss exists.
+        held_out: loss and accuracy on held-out data, where such data were given.
+        verdicts: plain sentences with their rules.
+        not_measured: what is missing, and why.
+        unit: of the loss.
+        mode: in which mode the networks were measured.
+        seed: repeats everything sampled.
+    """
+
+    sets: Mapping[str, tuple[Inspection, ...]]
+    costs: Mapping[str, Cost]
+    equal_loss: EqualLoss | None
+    held_out: HeldOut | None
+    verdicts: tuple[Verdict, ...]
+    not_measured: Mapping[str, str]
+    unit: str
+    mode: str
+    seed: int
+
+    def to_document(self, title: str = "What dropout did to these networks") -> "Document":
+        """The comparison as a report: for pages, terminals and JSON."""
+        from droplens.report import comparison_document
+
+        return comparison_document(self, title)
+
+    def to_html(self, path: str | Path) -> Path:
+        """Write the page, and its JSON twin beside it; return the page's path.
+
+        Raises:
+            OSError: if it cannot be written; nothing half-written is left.
+        """
+        from droplens.report import write_report
+
+        return write_report(self.to_document(), path)[0]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, as in the JSON twin."""
+        return self.to_document().to_dict()
+
+    def __str__(self) -> str:
+        from droplens.report import render_text
+
+        return render_text(self.to_document())
+
+    def _repr_html_(self) -> str:
+        from droplens.report import render_fragment
+
+        return render_fragment(self.to_document())
+
+
+def compare(  # noqa: PLR0913  # the last six are keywords with defaults
+    models: Mapping[str, nn.Module | Sequence[nn.Module]],
+    data: Any,
+    loss: nn.Module,
+    *,
+    held_out: Any = None,
+    draws: int = 100,
+    directions: int = 8,
+    generator: torch.Generator | None = None,
+    seed: int | None = None,
+    on_progress: Progress | None = None,
+) -> Comparison:
+    """Inspect sets of networks on the same data and say what sets them apart.
+
+    Several networks per set (seeds) give error bars; with one each, sentences say "these two".
+    Flatness is compared at equal loss: the outputs of every network are scaled by τ ≤ 1 to the
+    loss of the worst, because cross-entropy Hessians shrink as confidence grows (theory §4).
+
+    Args:
+        models: a network or several by name, such as {"with": [a1, a2], "without": [b1, b2]}.
+        data: a pair (inputs, targets), a TensorDataset, or a DataLoader; streamed, never held.
+        loss: a loss object, such as `nn.CrossEntropyLoss()`.
+        held_out: data that was not trained on, to compare the losses there.
+        draws: masks to draw for the cost of every network.
+        directions: random directions for the flatness; the same for every network.
+        generator: where randomness comes from; a private one seeded by the system if not given.
+        seed: in place of a generator.
+        on_progress: called with the share done and what is being done.
+
+    Returns:
+        Inspections and verdicts; prints as a table, renders as a page.
+
+    Raises:
+        TypeError: if something is not of a kind we know.
+        ValueError: if there is nothing to compare, or data or weights are bad.
+    """
+    sets = _checked_sets(models)
+    tell = on_progress or (lambda share, doing: None)
+    batches = as_batches(data)
+    _, used_seed = private_generator(generator, seed)
+    count = sum(len(networks) for networks in sets.values())
+    inspected: dict[str, tuple[Inspection, ...]] = {}
+    done = 0
+    for name, networks in sets.items():
+        found = []
+        for network in networks:
+            # One seed for all: directions are shared, so differences are the networks' own.
+            share = 0.8 * done / count
+            tell(share, f"Inspecting {name!r}")
+            found.append(
+                inspect(network, batches, loss, draws=draws, directions=directions, seed=used_seed)
+            )
+            done += 1
+        inspected[name] = tuple(found)
+    tell(0.8, "Comparing at equal loss")
+    first = next(iter(inspected.values()))[0]
+    not_measured = _not_measured(inspected)
+    outputs = {n: [outputs_of(m, batches) for m in networks] for n, networks in sets.items()}
+    equal_loss = _at_equal_loss(sets, outputs, batches, loss, directions, used_seed)
+    if equal_loss is None:
+        not_measured["flatness at equal loss"] = (
+            "no scale of the outputs brings every network to the loss of the worst"
+        )
+    tell(0.95, "Looking at held-out data")
+    costs = {
+        name: pooled_cost([i.cost for i in found if i.cost is not None])
+        for name, found in inspected.items()
+        if any(i.cost is not None and i.cost.by_site for i in found)
+    }
+    apart = _held_out(sets, held_out, loss) if held_out is not None else None
+    verdicts = [
+        verdict
+        for name, cost in costs.items()
+        if cost.gap.value != 0
+        for verdict in _named(cost_verdicts(cost, first.unit, f"the networks {name!r} "), name)
+    ]
+    verdicts += _between(inspected, equal_loss, apart, first.unit)
+    tell(1.0, "Done")
+    return Comparison(
+        inspected,
+        costs,
+        equal_loss,
+        apart,
+        tuple(verdicts),
+        not_measured,
+        first.unit,
+        first.mode,
+        used_seed,
+    )
+
+
+def _checked_sets(
+    models: Mapping[str, nn.Module | Sequence[nn.Module]],
+) -> dict[str, tuple[nn.Module, ...]]:
+    if not isinstance(models, Mapping):
+        raise TypeError(
+            "models has to be a mapping of names to networks, such as {'with': a, 'without': b}, "
+            f"but got {type(models).__name__}"
+        )
+    if not models:
+        raise ValueError("models is empty: there is nothing to compare")
+    sets = {}
+    for name, given in models.items():
+        networks = (given,) if isinstance(given, nn.Module) else tuple(given)
+        if not networks:
+            raise ValueError(f"models[{name!r}] is empty; give it at least one network")
+        for network in networks:
+            if not isinstance(network, nn.Module):
+                raise TypeError(
+                    f"models[{name!r}] has to hold torch modules, "
+                    f"but holds a {type(network).__name__}"
+                )
+        sets[str(name)] = networks
+    return sets
+
+
+def _not_measured(inspected: Mapping[str, Sequence[Inspection]]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name, inspections in inspected.items():
+        for inspection in inspections:
+            for what, why in inspection.not_measured.items():
+                found.setdefault(f"{what} ({name})", why)
+    return found
+
+
+def pooled_cost(costs: Sequence[Cost]) -> Cost:
+    """The mean cost over networks, with errors over networks; a single one is itself."""
+    if len(costs) == 1:
+        return costs[0]
+
+    def mean(values: Sequence[Estimate]) -> Estimate:
+        return mean_estimate([v.value for v in values], "networks")
+
+    def average(values: Sequence[float]) -> float:
+        return sum(values) / len(values)
+
+    first = costs[0]
+    shared = [name for name in first.by_site if all(name in cost.by_site for cost in costs)]
+    sites = {}
+    for name in shared:
+        alone = [cost.by_site[name] for cost in costs]
+        sites[name] = SiteCost(
+            mean([a.gap for a in alone]),
+            mean([a.spread for a in alone]),
+            mean([a.shift for a in alone]),
+            average([a.gaussian for a in alone]),
+            average([a.second_order for a in alone]),
+        )
+    return replace(
+        first,
+        base=mean([cost.base for cost in costs]),
+        gap=mean([cost.gap for cost in costs]),
+        spread=mean([cost.spread for cost in costs]),
+        shift=mean([cost.shift for cost in costs]),
+        gaussian=average([cost.gaussian for cost in costs]),
+        second_order=average([cost.second_order for cost in costs]),
+        by_site=sites,
+    )
+
+
+def _at_equal_loss(
+    sets: Mapping[str, Sequence[nn.Module]],
+    outputs: Mapping[str, Sequence[list[tuple[Tensor, Tensor]]]],
+    batches: Batches,
+    loss: nn.Module,
+    directions: int,
+    seed: int,
+) -> EqualLoss | None:
+    target = max(scaled_loss(found, loss, 1.0) for each in outputs.values() for found in each)
+    scales: dict[str, tuple[float, ...]] = {}
+    curves: dict[str, tuple[Flatness, ...]] = {}
+    for name, networks in sets.items():
+        found = [scale_to_loss(each, loss, target) for each in outputs[name]]
+        usable = [scale for scale in found if scale is not None]
+        if len(usable) < len(found):
+            return None
+        scales[name] = tuple(usable)
+        curves[name] = tuple(
+            measure_flatness(Scaled(m, scale), batches, loss, directions, RADII, seed=seed)
+            for m, scale in zip(networks, usable, strict=True)
+        )
+    return EqualLoss(target, scales, curves)
+
+
+def _held_out(sets: Mapping[str, Sequence[nn.Module]], data: Any, loss: nn.Module) -> HeldOut:
+    batches = as_batches(data)
+    found = {n: [outputs_of(m, batches) for m in networks] for n, networks in sets.items()}
+    examples = sum(len(f) for f, _ in next(iter(found.values()))[0])
+    return HeldOut(
+        {n: tuple(scaled_loss(o, loss, 1.0) for o in each) for n, each in found.items()},
+        {n: tuple(accuracy_of(o) for o in each) for n, each in found.items()},
+        examples,
+    )
+
+
+def _named(verdicts: Sequence[Verdict], name: str) -> list[Verdict]:
+    return [
+        replace(v, id=f"{v.id} {name}", question=f"{v.question.removesuffix('?')} ({name})?")
+        for v in verdicts
+    ]
+
+
+def _between(
+    inspected: Mapping[str, Sequence[Inspection]],
+    equal_loss: EqualLoss | None,
+    held_out: HeldOut | None,
+    unit: str,
+) -> list[Verdict]:
+    """The first set against every other."""
+    names = list(inspected)
+    verdicts: list[Verdict] = []
+    for other in names[1:]:
+        pair = (names[0], other)
+        sizes = (len(inspected[pair[0]]), len(inspected[pair[1]]))
+        sites = [
+            site
+            for site in inspected[pair[0]][0].equalization
+            if all(site in i.equalization for name in pair for i in inspected[name])
+        ]
+        for site in sites:
+            found = [[i.equalization[site].variation for i in inspected[n]] for n in pair]
+            verdicts.append(
+                sets_verdict(
+                    Sets(pair, found[0], found[1], sizes),
+                    better=f"more equalised at {site!r}",
+                    quantity="coefficient of variation of the unit importances",
+                    unit="no unit",
+                    key=f"equalisation {site}",
+                )
+            )
+        if equal_loss is not None:
+            rises = [_rises(equal_loss.flatness[n]) for n in pair]
+            verdicts.append(
+                sets_verdict(
+                    Sets(pair, rises[0], rises[1], sizes),
+                    better="flatter at equal loss",
+                    quantity=f"loss increase at radius {JUDGED_RADIUS:g}",
+                    unit=unit,
+                    key="flatness at equal loss",
+                )
+            )
+        if held_out is not None:
+            verdicts.append(
+                sets_verdict(
+                    Sets(pair, held_out.loss[pair[0]], held_out.loss[pair[1]], sizes),
+                    better="better on held-out data",
+                    quantity=f"loss on {held_out.examples} held-out examples",
+                    unit=unit,
+                    key="held-out loss",
+                )
+            )
+    return verdicts
+
+
+def _rises(curves: Sequence[Flatness]) -> list[float]:
+    """Loss increase at the judged radius: a number per network, or per direction if only one."""
+    at = curves[0].radii.index(JUDGED_RADIUS)
+    if len(curves) > 1:
+        return [curve.increase[at].value for curve in curves]
+    return (curves[0].values[:, at] - curves[0].base).tolist()

@@ -1,0 +1,231 @@
+"""Everything the library can say of one network, as one object."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from droplens.batches import as_batches
+from droplens.discovery import Site
+from droplens.discovery import sites as find_sites
+from droplens.inspection._cost import Cost, cost_of
+from droplens.inspection._flatness import outputs_of, scaled_loss
+from droplens.inspection._readers import readers
+from droplens.inspection._verdicts import cost_verdicts, equalisation_verdict
+from droplens.losses import Squared
+from droplens.losses import family as family_of
+from droplens.measure import Equalization, Fisher, Flatness, Spectrum, equalization, fisher
+from droplens.measure import flatness as measure_flatness
+from droplens.measure import spectrum as measure_spectrum
+from droplens.randomness import private_generator
+from droplens.verdicts import Verdict
+
+if TYPE_CHECKING:
+    from droplens.report import Document
+
+Progress = Callable[[float, str], None]
+Result = TypeVar("Result")
+
+RADII = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
+MODE = "dropout off (drawn explicitly where the text says masks), norm layers in eval"
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What dropout does to one network on one data set.
+
+    Args:
+        sites: every stochastic site of the forward pass.
+        cost: what dropout costs, in `unit`; None if the network drops nothing.
+        accuracy: share of right classes without dropout, for class labels; else None.
+        base: the loss without dropout, in `unit`.
+        equalization: how equal the units of each site are.
+        layers: the layer that reads each site's units, by site.
+        spectra: singular values of every linear layer's weights, by parameter.
+        fisher: trace and diagonal of the Fisher information.
+        flatness: loss along random filter-normalised directions.
+        verdicts: plain sentences with their rules.
+        not_measured: what is missing, and why.
+        examples: how many examples it was measured on.
+        loss: the loss object's type.
+        unit: of the loss ("nats", or "units of the loss").
+        mode: in which mode the network was measured.
+        seed: repeats everything sampled.
+    """
+
+    sites: tuple[Site, ...]
+    cost: Cost | None
+    base: float
+    accuracy: float | None
+    equalization: Mapping[str, Equalization]
+    layers: Mapping[str, str]
+    spectra: Mapping[str, Spectrum]
+    fisher: Fisher | None
+    flatness: Flatness | None
+    verdicts: tuple[Verdict, ...]
+    not_measured: Mapping[str, str]
+    examples: int
+    loss: str
+    unit: str
+    mode: str
+    seed: int
+
+    def to_document(self, title: str = "What dropout does to this network") -> "Document":
+        """The inspection as a report: for pages, terminals and JSON."""
+        # The report room lies to the right of this one; only its callers pay for it.
+        from droplens.report import inspection_document
+
+        return inspection_document(self, title)
+
+    def to_html(self, path: str | Path) -> Path:
+        """Write the page, and its JSON twin beside it; return the page's path.
+
+        Raises:
+            OSError: if it cannot be written; nothing half-written is left.
+        """
+        from droplens.report import write_report
+
+        return write_report(self.to_document(), path)[0]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, as in the JSON twin."""
+        return self.to_document().to_dict()
+
+    def __str__(self) -> str:
+        from droplens.report import render_text
+
+        return render_text(self.to_document())
+
+    def _repr_html_(self) -> str:
+        from droplens.report import render_fragment
+
+        return render_fragment(self.to_document())
+
+
+def inspect(
+    model: nn.Module,
+    data: Any,
+    loss: nn.Module,
+    *,
+    draws: int = 100,
+    directions: int = 8,
+    generator: torch.Generator | None = None,
+    seed: int | None = None,
+    on_progress: Progress | None = None,
+) -> Inspection:
+    """Say what dropout does to one network: where it is, what it costs, what it left behind.
+
+    The model is left as it was found. Every number is in units of `loss`, with dropout off unless
+    masks are named.
+
+    Args:
+        model: any torch module whose forward returns one tensor of predictions.
+        data: a pair (inputs, targets), a TensorDataset, or a DataLoader; streamed, never held.
+        loss: a loss object, such as `nn.CrossEntropyLoss()`.
+        draws: masks to draw for the cost, and for that of each site alone.
+        directions: random directions for the flatness.
+        generator: where randomness comes from; a private one seeded by the system if not given.
+        seed: in place of a generator.
+        on_progress: called with the share done and what is being done.
+
+    Returns:
+        Numbers and verdicts; prints as a table, renders as a page.
+
+    Raises:
+        TypeError: if the data, the loss or the model's output is not of a kind we know.
+        ValueError: if data or weights hold NaN or Inf, labels are out of range, or data is empty.
+    """
+    tell = on_progress or (lambda share, doing: None)
+    family = family_of(loss)
+    batches = as_batches(data)
+    first = next(iter(batches))
+    if first.targets is None:
+        raise ValueError("data has no targets; pass (inputs, targets) or a loader of such pairs")
+    source, used_seed = private_generator(generator, seed)
+    tell(0.0, "Finding the sites")
+    found = find_sites(model, first.inputs)
+    not_measured = {f"site {s.name}": s.reason or "" for s in found if s.law is None}
+    dropping = [s for s in found if s.law is not None]
+
+    tell(0.05, "Drawing masks")
+    cost = cost_of(model, batches, loss, draws, source, used_seed) if dropping else None
+    if cost is None:
+        not_measured["cost of dropout"] = "the forward pass meets no dropout whose law is known"
+    else:
+        not_measured |= {f"penalty at {k}": v for k, v in cost.unmeasured.items()}
+
+    tell(0.5, "Weighing the units")
+    behind, missing = readers(model, batches)
+    not_measured |= {f"equalisation at {name}": why for name, why in missing.items()}
+    equal = {
+        name: equalization(reader.outgoing, reader.rms[None], rows="examples")
+        for name, reader in behind.items()
+    }
+    layers = {name: reader.layer for name, reader in behind.items()}
+
+    tell(0.6, "Measuring the Fisher information")
+    information = _attempt(not_measured, "Fisher information", lambda: fisher(model, batches, loss))
+    tell(0.75, "Walking along random directions")
+    flat = _attempt(
+        not_measured,
+        "flatness",
+        lambda: measure_flatness(model, batches, loss, directions, RADII, seed=used_seed),
+    )
+    unit = "units of the loss" if isinstance(family, Squared) else "nats"
+    outputs = outputs_of(model, batches)
+    verdicts = cost_verdicts(cost, unit) if cost is not None else []
+    verdicts += [
+        equalisation_verdict(name, layers[name], e.participation, len(e.scores))
+        for name, e in equal.items()
+    ]
+    tell(1.0, "Done")
+    return Inspection(
+        found,
+        cost,
+        scaled_loss(outputs, loss, 1.0),
+        accuracy_of(outputs),
+        equal,
+        layers,
+        _spectra(model),
+        information,
+        flat,
+        tuple(verdicts),
+        not_measured,
+        sum(len(f) for f, _ in outputs),
+        type(loss).__name__,
+        unit,
+        MODE,
+        used_seed,
+    )
+
+
+def _attempt(
+    not_measured: dict[str, str], what: str, measure: Callable[[], Result]
+) -> Result | None:
+    """Run one measure; what it refuses is named on the page instead of losing the rest."""
+    try:
+        return measure()
+    except (ValueError, TypeError, NotImplementedError) as error:
+        not_measured[what] = str(error)
+        return None
+
+
+def accuracy_of(outputs: list[tuple[Tensor, Tensor]]) -> float | None:
+    """Share of right classes where targets are labels of one class axis."""
+    if any(y.is_floating_point() or f.shape[:1] + f.shape[2:] != y.shape for f, y in outputs):
+        return None
+    right = sum(int((f.argmax(1) == y).sum()) for f, y in outputs)
+    return right / sum(y.numel() for _, y in outputs)
+
+
+def _spectra(model: nn.Module) -> dict[str, Spectrum]:
+    """Singular values of the weights of linear and convolution layers, kernels flattened."""
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    return {
+        f"{path}.weight" if path else "weight": measure_spectrum(module.weight.detach().flatten(1))
+        for path, module in model.named_modules()
+        if isinstance(module, kinds)
+    }
