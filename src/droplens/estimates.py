@@ -100,6 +100,24 @@ def z_bound(level: float = 0.95, comparisons: int = 1) -> float:
     return NormalDist().inv_cdf((1 + level ** (1 / comparisons)) / 2)
 
 
+def t_bound(degrees_of_freedom: float, level: float = 0.95) -> float:
+    """The two-sided bound of Student's t, for errors estimated from few runs.
+
+    >>> round(t_bound(8), 3)
+    2.306
+
+    Raises:
+        ValueError: if `level` is not inside (0, 1) or there are no degrees of freedom.
+    """
+    from scipy import stats
+
+    if not 0 < level < 1:
+        raise ValueError(f"level has to be between 0 and 1, but got {level}")
+    if not degrees_of_freedom > 0:
+        raise ValueError(f"degrees_of_freedom has to be positive, but got {degrees_of_freedom}")
+    return float(stats.t.ppf((1 + level) / 2, degrees_of_freedom))
+
+
 @dataclass(frozen=True)
 class Difference:
     """The difference of two means, its standard error, and Welch's two-sided p-value."""

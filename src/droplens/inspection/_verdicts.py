@@ -1,0 +1,245 @@
+"""Rules that turn numbers into plain sentences. Each states its threshold and its error.
+
+Where an error bar reaches the threshold the outcome is "cannot conclude", never a guess.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from droplens.estimates import Estimate, exact, mean_estimate, t_bound, welch, z_bound
+from droplens.inspection._cost import Cost
+from droplens.verdicts import Outcome, Verdict
+
+LEVEL = 0.95
+GAUSSIAN_TOLERANCE = 0.12  # of the Monte-Carlo spread
+EQUALISED_PARTICIPATION = 0.9  # of the units of a site
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f}%" if abs(share) >= 0.1 else f"{100 * share:.2g}%"
+
+
+def _against(value: float, error: float, threshold: float) -> Outcome:
+    """Whether a number lies above a threshold, by two-sided z-bounds of 95%."""
+    reach = z_bound(LEVEL) * error
+    if value - reach > threshold:
+        return "yes"
+    if value + reach < threshold:
+        return "no"
+    return "cannot conclude"
+
+
+def cost_verdict(cost: Cost, unit: str, who: str = "") -> Verdict:
+    """What the dropout costs, and what share of the training loss under dropout that is."""
+    gap = cost.gap
+    outcome = _against(gap.value, gap.standard_error, 0.0)
+    whole = cost.dropped_loss
+    share = f", {_percent(gap.value / whole)} of the loss under dropout" if whole > 0 else ""
+    if outcome == "yes":
+        sentence = (
+            f"Dropout costs {who}{gap} {unit} on this data{share} "
+            f"({cost.base} without dropout, {whole:.4g} with it)."
+        )
+    elif outcome == "no":
+        sentence = f"Dropout lowers the loss {who}on this data by {-gap.value:.4g} {unit}."
+    else:
+        sentence = (
+            f"What dropout costs {who}({gap} {unit}) cannot be told from zero with "
+            f"{gap.n} {gap.over}."
+        )
+    return Verdict(
+        sentence,
+        outcome,
+        f"mean loss over masks minus the loss without dropout, above zero by a 95% z-bound "
+        f"over {gap.over}",
+        0.0,
+        gap,
+        gap.n,
+        unit,
+        question="What does dropout cost?",
+        id="cost",
+    )
+
+
+def split_verdict(cost: Cost, unit: str) -> Verdict:
+    """How the cost splits into spread and shift."""
+    shift, gap = cost.shift, cost.gap.value
+    outcome = _against(abs(shift.value), shift.standard_error, 0.1 * abs(gap))
+    spread_share = cost.spread.value / gap if gap else math.nan
+    parts = f"spread {cost.spread}, shift {shift} {unit}"
+    if outcome == "no":
+        sentence = (
+            f"The cost is {_percent(spread_share)} spread: noise around the mean output, which "
+            f"needs no label ({parts})."
+        )
+    elif outcome == "yes":
+        direction = "adds to" if shift.value > 0 else "takes from"
+        sentence = (
+            f"The shift of the mean output {direction} the cost noticeably ({parts}), so the "
+            "cost is not the penalty alone."
+        )
+    else:
+        sentence = f"Whether the shift is more than a tenth of the cost stays open ({parts})."
+    return Verdict(
+        sentence,
+        outcome,
+        "size of the shift above a tenth of the gap, by a 95% z-bound",
+        0.1 * abs(gap),
+        Estimate(abs(shift.value), shift.standard_error, shift.n, shift.over),
+        shift.n,
+        unit,
+        question="Is more of the cost than a tenth a shift of the mean output?",
+        id="split",
+    )
+
+
+def approximation_verdict(cost: Cost) -> Verdict:
+    """How far the two values without masks are from the Monte-Carlo spread, and why."""
+    spread = cost.spread
+    if spread.value <= 0:
+        distance = Estimate(math.nan, math.nan, spread.n)
+    else:
+        relative = spread.standard_error * cost.gaussian / spread.value**2
+        distance = Estimate(abs(cost.gaussian / spread.value - 1), relative, spread.n)
+    beyond = (
+        _against(distance.value, distance.standard_error, GAUSSIAN_TOLERANCE)
+        if math.isfinite(distance.value)
+        else "cannot conclude"
+    )
+    answers: dict[Outcome, Outcome] = {"yes": "no", "no": "yes"}
+    return Verdict(
+        f"Against Monte Carlo with {cost.draws} masks the Gaussian value is {_off(cost.gaussian, spread)} and the "
+        f"second-order value {_off(cost.second_order, spread)}. {_why(cost)}",
+        answers.get(beyond, "cannot conclude"),
+        "relative distance of the Gaussian value from the Monte-Carlo spread, by a 95% z-bound",
+        GAUSSIAN_TOLERANCE,
+        distance,
+        spread.n,
+        "share of the spread",
+        question="Can the penalty stand for the masks?",
+        id="approximation",
+    )
+
+
+def _off(value: float, spread: Estimate) -> str:
+    if spread.value <= 0:
+        return "not comparable"
+    ratio = value / spread.value - 1
+    return f"{_percent(abs(ratio))} {'too low' if ratio < 0 else 'too high'}"
+
+
+def _why(cost: Cost) -> str:
+    low, better = cost.second_order, cost.gaussian
+    if abs(low - better) <= 0.02 * abs(better):
+        return "They agree, so the noise is small against the curvature of the loss."
+    if low < better:
+        return (
+            "The second order looks at the loss's curvature where the network already stands, "
+            "and a confident softmax is flat there; the noise carries the outputs beyond."
+        )
+    return (
+        "The second order takes the curvature at the undropped output for constant; the noise "
+        "carries the outputs to where the loss is flatter."
+    )
+
+
+def equalisation_verdict(site: str, layer: str, participation: float, n_units: int) -> Verdict:
+    """Whether the units of one site carry equal weight (P1)."""
+    share = participation / n_units
+    outcome: Outcome = "yes" if share >= EQUALISED_PARTICIPATION else "no"
+    word = "are" if outcome == "yes" else "are not"
+    return Verdict(
+        f"The units at {site!r} {word} equalised: their importances count as {participation:.1f} "
+        f"equal units of {n_units} ({_percent(share)}).",
+        outcome,
+        f"participation (Σs)²/Σs² of s_i = ‖u_i‖·rms(h_i), u_i the outgoing weights in "
+        f"{layer!r}, at least {_percent(EQUALISED_PARTICIPATION)} of the units",
+        EQUALISED_PARTICIPATION,
+        Estimate(share, 0.0, 1, "data held fixed"),
+        n_units,
+        "share of the units",
+        question=f"Are the units at {site!r} equalised?",
+        id=f"equalisation {site}",
+    )
+
+
+@dataclass(frozen=True)
+class Sets:
+    """Two sets of networks and a number of each, of which the smaller is the better.
+
+    With one network a set, `first` and `second` hold what was measured on the two in pairs (the
+    same directions), or a single exact number each; `networks` says how many there are.
+    """
+
+    names: tuple[str, str]
+    first: Sequence[float]
+    second: Sequence[float]
+    networks: tuple[int, int]
+
+    @property
+    def single(self) -> bool:
+        """Whether only two networks are compared."""
+        return self.networks == (1, 1)
+
+    def difference(self) -> Estimate:
+        """First minus second; NaN error where there is nothing to estimate it from."""
+        if self.single and len(self.first) == len(self.second) > 1:
+            pairs = zip(self.first, self.second, strict=True)
+            return mean_estimate([a - b for a, b in pairs], "directions")
+        if self.single:
+            return exact(self.first[0] - self.second[0], "data held fixed")
+        if min(self.networks) < 2:
+            value = float(mean_estimate(self.first)) - float(mean_estimate(self.second))
+            return Estimate(value, math.nan, sum(self.networks), "seeds")
+        found = welch(self.first, self.second)
+        return Estimate(found.value, found.standard_error, sum(self.networks), "seeds")
+
+    def outcome(self, difference: Estimate) -> Outcome:
+        """Yes if the first is smaller, no if the second is: a two-sided t-test at 95%."""
+        if not math.isfinite(difference.standard_error):
+            return "cannot conclude"
+        if difference.standard_error > 0:
+            freedom = float(difference.n - 1)
+            if not self.single:
+                freedom = welch(self.first, self.second).degrees_of_freedom
+            reach = t_bound(freedom, LEVEL) * difference.standard_error
+            if abs(difference.value) <= reach:
+                return "cannot conclude"
+        elif difference.value == 0:
+            return "cannot conclude"
+        return "yes" if difference.value < 0 else "no"
+
+
+def sets_verdict(sets: Sets, *, better: str, quantity: str, unit: str, key: str) -> Verdict:
+    """Which of two sets of networks has the smaller `quantity`, and so is `better`."""
+    a, b = sets.names
+    difference = sets.difference()
+    outcome = sets.outcome(difference)
+    means = [float(mean_estimate(values)) for values in (sets.first, sets.second)]
+    figures = f"{quantity} {means[0]:.4g} for {a!r}, {means[1]:.4g} for {b!r}"
+    who = "Of these two networks, " if sets.single else "The networks "
+    if outcome == "cannot conclude":
+        why = (
+            "one network in a set has no error bar"
+            if not sets.single and min(sets.networks) < 2
+            else "the error bars overlap"
+        )
+        whom = "of these two networks" if sets.single else "set"
+        sentence = f"Which {whom} is {better} cannot be concluded, {why} ({figures})."
+    else:
+        winner = a if outcome == "yes" else b
+        verb = "is" if sets.single else "are"
+        sentence = f"{who}{winner!r} {verb} {better} ({figures})."
+    test = "paired t-test over directions" if sets.single else "Welch's t-test over networks"
+    return Verdict(
+        sentence,
+        outcome,
+        f"{quantity}: {a!r} minus {b!r} below zero, two-sided {test} at 95%",
+        0.0,
+        difference,
+        sum(sets.networks),
+        unit,
+        question=f"Is {a!r} {better} than {b!r}?",
+        id=key,
+    )
