@@ -38,6 +38,9 @@ types: $(READY)
 doctest: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --doctest-modules src
 
+readme: $(READY)  ## the README's examples, the long ones too
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_readme.py
+
 bench: $(READY)  ## speed, as ratios against peers and limits
 	$(BIN)/python -m benchmarks
 

@@ -84,7 +84,16 @@ def test_says_the_verdicts_first(reader, written):
     for verdict in samples.verdicts():
         assert verdict.sentence in text
         assert verdict.rule in text
-    assert "0.0016, over 300 masks" in text
+    proof = page.inner_text("#v-cost .proof").split("\n")
+    assert proof[:6] == [
+        "Measured",
+        "0.279 nats",
+        "Threshold",
+        "0 nats",
+        "Standard error",
+        "0.0016, over 300 masks",
+    ]
+    assert proof[6:8] == ["n", "300"]
 
 
 def test_draws_every_chart(reader, written):
