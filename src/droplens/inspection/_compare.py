@@ -367,4 +367,4 @@ def _rises(curves: Sequence[Flatness]) -> list[float]:
     at = curves[0].radii.index(JUDGED_RADIUS)
     if len(curves) > 1:
         return [curve.increase[at].value for curve in curves]
-    return (curves[0].values[:, at] - curves[0].base).tolist()
+    return [float(value) - curves[0].base for value in curves[0].values[:, at]]

@@ -1,12 +1,13 @@
 """What dropout costs a network over a data set: three evaluations of the same number."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from droplens.batches import Batches
 from droplens.calling import predictions
 from droplens.estimates import Estimate, exact
 from droplens.gates import masks_off
@@ -73,14 +74,17 @@ class _Batch:
 
 def cost_of(
     model: nn.Module,
-    batches: Iterable[tuple[Any, Tensor]],
+    batches: Batches,
     loss: nn.Module,
     draws: int,
     generator: torch.Generator,
     seed: int,
 ) -> Cost:
     """Cost of dropout over all `batches` of (inputs, targets), none of them held."""
-    found = [_batch_cost(model, x, y, loss, draws, generator) for x, y in batches]
+    found = [
+        _batch_cost(model, inputs, targets_of(targets), loss, draws, generator)
+        for inputs, targets in batches
+    ]
     summed = loss.reduction == "sum"
     total = sum(batch.norm for batch in found)
     weights = [1.0 if summed else batch.norm / total for batch in found]
@@ -108,6 +112,17 @@ def cost_of(
         seed,
         first.gaussian.unmeasured,
     )
+
+
+def targets_of(targets: Tensor | None) -> Tensor:
+    """The targets of a batch.
+
+    Raises:
+        ValueError: if it has none.
+    """
+    if targets is None:
+        raise ValueError("data has no targets; pass (inputs, targets) or a loader of such pairs")
+    return targets
 
 
 def _batch_cost(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from droplens.batches import Batches
 from droplens.calling import predictions
 from droplens.gates import masks_off
+from droplens.inspection._cost import targets_of
 from droplens.losses import family as family_of
 
 
@@ -46,8 +47,7 @@ def outputs_of(model: nn.Module, batches: Batches) -> list[tuple[Tensor, Tensor]
     found = []
     with torch.no_grad(), masks_off(model):
         for inputs, targets in batches:
-            assert targets is not None
-            found.append((predictions(model, inputs), targets))
+            found.append((predictions(model, inputs), targets_of(targets)))
     return found
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from droplens.batches import as_batches
 from droplens.discovery import Site
 from droplens.discovery import sites as find_sites
-from droplens.inspection._cost import Cost, cost_of
+from droplens.inspection._cost import Cost, cost_of, targets_of
 from droplens.inspection._flatness import outputs_of, scaled_loss
 from droplens.inspection._readers import readers
 from droplens.inspection._verdicts import cost_verdicts, equalisation_verdict
@@ -142,8 +142,7 @@ def inspect(
     family = family_of(loss)
     batches = as_batches(data)
     first = next(iter(batches))
-    if first.targets is None:
-        raise ValueError("data has no targets; pass (inputs, targets) or a loader of such pairs")
+    targets_of(first.targets)
     source, used_seed = private_generator(generator, seed)
     tell(0.0, "Finding the sites")
     found = find_sites(model, first.inputs)

@@ -1,6 +1,6 @@
 """The layer that reads a site's units: whose weights are their outgoing weights."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from droplens.batches import Batches
 from droplens.calling import call as call_model
 from droplens.discovery import Call
 from droplens.gates import masks_replaced
@@ -33,9 +34,7 @@ class Reader:
 NO_READER = "no linear or convolution layer reads its units directly"
 
 
-def readers(
-    model: nn.Module, batches: Iterable[tuple[Any, Tensor]]
-) -> tuple[dict[str, Reader], dict[str, str]]:
+def readers(model: nn.Module, batches: Batches) -> tuple[dict[str, Reader], dict[str, str]]:
     """Find the layer behind every site, and the sites that have none with the reason."""
     watch = _Watch(model)
     with torch.no_grad(), watch.hooked(), masks_replaced(model, watch.visit):
@@ -50,7 +49,7 @@ class _Watch:
     """Recognises a site's output when a layer receives it, also through flatten and views."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.layers = {
+        self.layers: dict[nn.Module, str] = {
             module: path
             for path, module in model.named_modules()
             if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)

@@ -19,6 +19,7 @@ from droplens.report._document import (
 from droplens.report._environment import environment
 from droplens.report._figures import Curve, bars, dots, lines, spectra, split
 from droplens.report._files import check_report, check_target, to_json, write_page, write_report
+from droplens.report._inspection import comparison_document, inspection_document
 from droplens.report._numbers import format_cell, format_number
 from droplens.report._page import MAX_BYTES, render_page
 from droplens.report._text import print_verdicts, render_fragment, render_text
@@ -37,10 +38,12 @@ __all__ = [
     "bars",
     "check_report",
     "check_target",
+    "comparison_document",
     "dots",
     "environment",
     "format_cell",
     "format_number",
+    "inspection_document",
     "lines",
     "print_verdicts",
     "render_fragment",

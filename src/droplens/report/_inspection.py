@@ -1,0 +1,452 @@
+"""An inspection or a comparison told as a report: verdicts, evidence, what was not measured."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import is_dataclass
+from typing import Any
+
+from torch import Tensor
+
+from droplens.estimates import Estimate, mean_estimate
+from droplens.inspection import Comparison, Cost, HeldOut, Inspection
+from droplens.measure import Equalization, Flatness
+from droplens.report._document import Column, Document, Figure, NotMeasured, Section, Table
+from droplens.report._figures import Curve, bars, dots, lines, spectra, split
+
+_COST_TEXT = (
+    "Under dropout the mean loss is the loss without it plus the gap. The gap is spread + shift: "
+    "the spread is what the noise around the mean output costs and needs no label, the shift is "
+    "how much worse (or better) the mean output is than the undropped one.\n\n"
+    "The spread has three evaluations. Monte Carlo draws masks and is the truth, with an error "
+    "bar. The Gaussian value takes the output noise for Gaussian with its exact covariance; the "
+    "second-order value also takes the loss for a parabola. Neither draws a mask."
+)
+_EQUAL_TEXT = (
+    "A unit's importance is the norm of its outgoing weights times the root mean square of its "
+    "activation. Dropout's penalty is smallest, at a given map, when all are equal: that is what "
+    "the participation counts, from 1 (one unit does everything) to the number of units."
+)
+_FLAT_TEXT = (
+    "The loss along random directions in which every row of a weight is scaled to the row's own "
+    "norm, biases kept. A flat minimum rises little."
+)
+_EQUAL_LOSS_TEXT = (
+    "A network that fits better is flatter for no reason of shape, because the curvature of the "
+    "cross-entropy fades with confidence. So the outputs of every network were first multiplied "
+    "by a number τ ≤ 1, which is the same as scaling its last layer, until all had the loss of "
+    "the worst network."
+)
+_SPECTRUM_TEXT = (
+    "Singular values of every layer's weights. The effective rank is the exponential of their "
+    "entropy, the stable rank the squared Frobenius over the squared largest."
+)
+
+
+def inspection_document(inspection: Inspection, title: str) -> Document:
+    """One network's inspection as a report."""
+    unit = inspection.unit
+    sections = [_sites_section(inspection)]
+    if inspection.cost is not None and inspection.cost.by_site:
+        sections.append(_cost_section({"this network": inspection.cost}, unit))
+    if inspection.equalization:
+        sections.append(_equalisation_section({"this network": [inspection]}))
+    if inspection.flatness is not None:
+        curves = {"this network": [inspection.flatness]}
+        figure = _flatness_figure(curves, "Loss along random directions", unit)
+        sections.append(Section("How flat is the minimum?", _FLAT_TEXT, [figure]))
+    sections.append(_spectra_section({"this network": [inspection]}))
+    if inspection.fisher is not None:
+        sections.append(_fisher_section({"this network": [inspection]}, unit))
+    accuracy = inspection.accuracy
+    right = "" if accuracy is None else f", {100 * accuracy:.1f}% right"
+    return Document(
+        title,
+        f"{inspection.examples} examples, {inspection.loss}; without dropout the loss is "
+        f"{inspection.base:.4g} {unit}{right}.",
+        inspection.verdicts,
+        sections,
+        _unmeasured(inspection.not_measured),
+        seed=inspection.seed,
+        mode=inspection.mode,
+        kind="inspection",
+        numbers=inspection_numbers(inspection),
+    )
+
+
+def comparison_document(comparison: Comparison, title: str) -> Document:
+    """Sets of networks side by side as a report."""
+    unit, sets = comparison.unit, comparison.sets
+    first = next(iter(sets.values()))[0]
+    sections = [_sets_section(comparison)]
+    costly = {name: cost for name, cost in comparison.costs.items() if cost.gap.value != 0}
+    if costly:
+        sections.append(_cost_section(costly, unit))
+    if any(i.equalization for found in sets.values() for i in found):
+        sections.append(_equalisation_section(sets))
+    sections.append(_flatness_section(comparison))
+    sections.append(_spectra_section(sets))
+    if all(i.fisher is not None for found in sets.values() for i in found):
+        sections.append(_fisher_section(sets, unit))
+    sections.append(_sites_section(first))
+    networks = ", ".join(f"{len(found)} {name!r}" for name, found in sets.items())
+    return Document(
+        title,
+        f"Networks: {networks}. {first.examples} examples, {first.loss}.",
+        comparison.verdicts,
+        sections,
+        _unmeasured(comparison.not_measured),
+        seed=comparison.seed,
+        mode=comparison.mode,
+        kind="comparison",
+        numbers={
+            "sets": {n: [inspection_numbers(i) for i in found] for n, found in sets.items()},
+            "costs": {n: _numbers(cost) for n, cost in comparison.costs.items()},
+            "equal_loss": _numbers(comparison.equal_loss),
+            "held_out": _numbers(comparison.held_out),
+        },
+    )
+
+
+def inspection_numbers(inspection: Inspection) -> dict[str, Any]:
+    """Every number of an inspection, without tensors of the size of a layer."""
+    return {
+        "examples": inspection.examples,
+        "loss": inspection.loss,
+        "unit": inspection.unit,
+        "base": inspection.base,
+        "accuracy": inspection.accuracy,
+        "seed": inspection.seed,
+        "sites": [
+            {**_numbers(site), "law": None if site.law is None else str(site.law)}
+            for site in inspection.sites
+        ],
+        "cost": _numbers(inspection.cost),
+        "equalization": {
+            name: {
+                "layer": inspection.layers[name],
+                "units": len(equal.scores),
+                "variation": equal.variation,
+                "participation": equal.participation,
+            }
+            for name, equal in inspection.equalization.items()
+        },
+        "spectra": {
+            name: {
+                "nuclear": found.nuclear,
+                "stable_rank": found.stable_rank,
+                "effective_rank": found.effective_rank,
+            }
+            for name, found in inspection.spectra.items()
+        },
+        "fisher": None if inspection.fisher is None else {"trace": inspection.fisher.trace},
+        "flatness": _numbers(inspection.flatness),
+    }
+
+
+def _numbers(value: Any) -> Any:
+    """Dataclasses as mappings; tensors as lists, since only aggregates get here."""
+    if isinstance(value, Estimate):
+        return value
+    if isinstance(value, Tensor):
+        return value.tolist()
+    if is_dataclass(value) and not isinstance(value, type):
+        return {name: _numbers(getattr(value, name)) for name in value.__dataclass_fields__}
+    if isinstance(value, Mapping):
+        return {key: _numbers(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_numbers(item) for item in value]
+    return value
+
+
+def _unmeasured(reasons: Mapping[str, str]) -> list[NotMeasured]:
+    return [NotMeasured(what, why) for what, why in reasons.items()]
+
+
+def _sites_section(inspection: Inspection) -> Section:
+    if not inspection.sites:
+        return Section("Where does it drop?", "The forward pass meets no dropout at all.")
+    rows = [
+        (
+            site.name,
+            site.kind,
+            "unknown" if site.law is None else str(site.law),
+            "×".join(map(str, site.shape)),
+            "on" if site.active else "off",
+        )
+        for site in inspection.sites
+    ]
+    columns = [Column(n) for n in ("site", "kind", "law", "shape", "as it came")]
+    table = Table(
+        columns,
+        rows,
+        "Every stochastic site of the forward pass, in order",
+        "The shape is that of the tensor the mask multiplies, batch first. “As it came” says "
+        "whether the site drops in the mode the network was handed over in.",
+    )
+    return Section("Where does it drop?", "", [table])
+
+
+def _sets_section(comparison: Comparison) -> Section:
+    unit, apart = comparison.unit, comparison.held_out
+    rows = []
+    for name, found in comparison.sets.items():
+        row: list[Any] = [name, len(found), _over([i.base for i in found])]
+        row.append(_share([i.accuracy for i in found]))
+        if apart is not None:
+            row += [_over(apart.loss[name]), _share(apart.accuracy[name])]
+        rows.append(row)
+    columns = [
+        Column("set"),
+        Column("networks"),
+        Column("loss", unit),
+        Column("right", "%"),
+    ]
+    if apart is not None:
+        columns += [Column("held-out loss", unit), Column("held-out right", "%")]
+    table = Table(
+        columns,
+        rows,
+        "The sets, dropout off",
+        "Means over the networks of a set, with standard errors over them.",
+    )
+    blocks: list[Any] = [table]
+    if apart is not None and max(len(v) for v in apart.loss.values()) > 1:
+        blocks.append(_held_out_figure(apart, unit))
+    return Section("Who is compared?", "", blocks)
+
+
+def _held_out_figure(apart: HeldOut, unit: str) -> Figure:
+    return dots(
+        apart.loss,
+        title="Loss on held-out data",
+        quantity=f"loss on {apart.examples} held-out examples ({unit})",
+        caption="A dot is a network; the bar is the mean with its 95% interval.",
+    )
+
+
+def _over(values: Sequence[float]) -> Estimate | float:
+    return values[0] if len(values) == 1 else mean_estimate(values, "networks")
+
+
+def _share(values: Sequence[float | None]) -> Estimate | float | None:
+    known = [100 * v for v in values if v is not None]
+    return _over(known) if len(known) == len(values) and known else None
+
+
+def _cost_section(costs: Mapping[str, Cost], unit: str) -> Section:
+    three = {
+        name: {
+            f"Monte Carlo, {cost.draws} masks": cost.spread,
+            "Gaussian": Estimate(cost.gaussian),
+            "second order": Estimate(cost.second_order),
+        }
+        for name, cost in costs.items()
+    }
+    blocks: list[Any] = [
+        _cost_table(costs, unit),
+        bars(
+            three,
+            title="Three evaluations of the spread",
+            quantity=f"spread ({unit})",
+            rows="set",
+            caption="The further a bar from Monte Carlo, the less its approximation holds here.",
+        ),
+    ]
+    for name, cost in costs.items():
+        sites = {site: (alone.spread, alone.shift) for site, alone in cost.by_site.items()}
+        sites |= {"all together": (cost.spread, cost.shift)}
+        blocks.append(
+            split(
+                sites,
+                title=f"Cost by site ({name})",
+                quantity=f"cost ({unit})",
+                caption="Each site dropping alone, and all of them.",
+            )
+        )
+    return Section("What does dropout cost?", _COST_TEXT, blocks)
+
+
+def _cost_table(costs: Mapping[str, Cost], unit: str) -> Table:
+    rows: list[tuple[Any, ...]] = []
+    for name, cost in costs.items():
+        rows.append(
+            (name, "all", cost.gap, cost.spread, cost.shift, cost.gaussian, cost.second_order)
+        )
+        rows += [
+            (name, site, a.gap, a.spread, a.shift, a.gaussian, a.second_order)
+            for site, a in cost.by_site.items()
+        ]
+    columns = [
+        Column("set"),
+        Column("site"),
+        Column("gap", unit),
+        Column("spread", unit),
+        Column("shift", unit),
+        Column("Gaussian", unit),
+        Column("second order", unit),
+    ]
+    draws = next(iter(costs.values())).draws
+    over = next(iter(costs.values())).gap.over
+    return Table(
+        columns,
+        rows,
+        "What dropout costs, by site",
+        f"Gap, spread and shift by Monte Carlo with {draws} masks a network, standard errors "
+        f"over {over}; Gaussian and second order are computed, for the spread.",
+    )
+
+
+def _equalisation_section(sets: Mapping[str, Sequence[Inspection]]) -> Section:
+    sites = list(dict.fromkeys(s for found in sets.values() for i in found for s in i.equalization))
+    rows: list[tuple[Any, ...]] = []
+    values: dict[str, dict[str, Estimate]] = {}
+    for site in sites:
+        for name, found in sets.items():
+            equal = [i.equalization[site] for i in found if site in i.equalization]
+            if not equal:
+                continue
+            share = [100 * e.participation / len(e.scores) for e in equal]
+            rows.append(
+                (
+                    site,
+                    name,
+                    found[0].layers[site],
+                    len(equal[0].scores),
+                    _over([e.variation for e in equal]),
+                    _over([e.participation for e in equal]),
+                    _over(share),
+                )
+            )
+            values.setdefault(site, {})[name] = (
+                mean_estimate(share, "networks") if len(share) > 1 else Estimate(share[0])
+            )
+    columns = [
+        Column("site"),
+        Column("set"),
+        Column("read by"),
+        Column("units"),
+        Column("variation", "σ/mean"),
+        Column("participation", "units"),
+        Column("share", "%"),
+    ]
+    table = Table(columns, rows, "How evenly the units of each site matter")
+    figure = bars(
+        values,
+        title="Share of the units that carry weight",
+        quantity="participation (% of the units)",
+        rows="site",
+        caption="100% means that all units matter alike.",
+    )
+    blocks: list[Any] = [table, figure]
+    if len(next(iter(sets.values()))) == 1 and len(sets) == 1:
+        blocks.append(_scores_figure(next(iter(sets.values()))[0].equalization))
+    return Section("Do all units matter alike?", _EQUAL_TEXT, blocks)
+
+
+def _scores_figure(equal: Mapping[str, Equalization]) -> Figure:
+    return spectra(
+        {site: e.scores.tolist() for site, e in equal.items()},
+        title="Importance of every unit",
+        quantity="importance s (units of the outputs)",
+        caption="Units in falling order of importance; a flat line is an equalised layer.",
+    )
+
+
+def _flatness_section(comparison: Comparison) -> Section:
+    unit = comparison.unit
+    blocks: list[Any] = []
+    if comparison.equal_loss is not None:
+        equal = comparison.equal_loss
+        blocks.append(
+            _flatness_figure(
+                equal.flatness, f"At equal loss ({equal.loss:.4g} {unit})", unit, rise=True
+            )
+        )
+        rows = [(name, _over(scales)) for name, scales in equal.scales.items()]
+        blocks.append(
+            Table([Column("set"), Column("τ")], rows, "What the outputs were multiplied by")
+        )
+    raw = {
+        name: [i.flatness for i in found if i.flatness is not None]
+        for name, found in comparison.sets.items()
+    }
+    if all(raw.values()):
+        blocks.append(_flatness_figure(raw, "As trained", unit, rise=True))
+    return Section("How flat is the minimum?", f"{_FLAT_TEXT} {_EQUAL_LOSS_TEXT}", blocks)
+
+
+def _flatness_figure(
+    sets: Mapping[str, Sequence[Flatness]], title: str, unit: str, rise: bool = False
+) -> Figure:
+    """Mean over networks (over directions for one) with a 95% band."""
+    curves = {}
+    for name, found in sets.items():
+        columns = list(zip(*((f.increase if rise else f.loss) for f in found), strict=True))
+        if len(found) > 1:
+            points = [mean_estimate([e.value for e in column], "networks") for column in columns]
+        else:
+            points = [column[0] for column in columns]
+        bands = [point.interval() for point in points]
+        curves[name] = Curve(
+            list(found[0].radii),
+            [point.value for point in points],
+            [low for low, _ in bands],
+            [high for _, high in bands],
+        )
+    over = "networks" if any(len(found) > 1 for found in sets.values()) else "directions"
+    directions = len(next(iter(sets.values()))[0].values)
+    return lines(
+        curves,
+        title=title,
+        x="radius (share of every filter's norm)",
+        y=f"{'loss increase' if rise else 'loss'} ({unit})",
+        caption=f"{directions} directions a network; bands are 95% intervals over {over}.",
+    )
+
+
+def _spectra_section(sets: Mapping[str, Sequence[Inspection]]) -> Section:
+    rows = []
+    for name, found in sets.items():
+        for layer in found[0].spectra:
+            each = [i.spectra[layer] for i in found if layer in i.spectra]
+            rows.append(
+                (
+                    layer,
+                    name,
+                    _over([s.nuclear for s in each]),
+                    _over([s.stable_rank for s in each]),
+                    _over([s.effective_rank for s in each]),
+                )
+            )
+    rows.sort(key=lambda row: row[0])
+    columns = [
+        Column("layer"),
+        Column("set"),
+        Column("nuclear norm", "weight"),
+        Column("stable rank"),
+        Column("effective rank"),
+    ]
+    blocks: list[Any] = [Table(columns, rows, "Ranks of the weights")]
+    curves = {}
+    for name, found in sets.items():
+        for layer, spectrum in found[0].spectra.items():
+            curves[f"{layer}, {name}" if len(sets) > 1 else layer] = (
+                spectrum.singular_values.tolist()
+            )
+    if 0 < len(curves) <= 6:
+        caption = "Of the first network of each set." if len(sets) > 1 else ""
+        blocks.append(spectra(curves, title="Singular values of the weights", caption=caption))
+    return Section("Of what rank are the weights?", _SPECTRUM_TEXT, blocks)
+
+
+def _fisher_section(sets: Mapping[str, Sequence[Inspection]], unit: str) -> Section:
+    rows = [
+        (name, _over([float(i.fisher.trace) for i in found if i.fisher is not None]))
+        for name, found in sets.items()
+    ]
+    table = Table(
+        [Column("set"), Column("trace of the Fisher information", unit)],
+        rows,
+        "Exact, layer by layer, over all classes",
+        "It fades as confidence grows, so compare it between networks of one loss only.",
+    )
+    return Section("How sharp are the predictions in the weights?", "", [table])
