@@ -5,7 +5,7 @@ Where an error bar reaches the threshold the outcome is "cannot conclude", never
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from droplens.estimates import Estimate, exact, mean_estimate, t_bound, welch, z_bound
 from droplens.inspection._cost import Cost
@@ -66,7 +66,7 @@ def cost_verdict(cost: Cost, unit: str, who: str = "") -> Verdict:
         gap,
         gap.n,
         unit,
-        question="What does dropout cost?",
+        question="Does dropout cost anything?",
         id="cost",
     )
 
@@ -107,10 +107,12 @@ def approximation_verdict(cost: Cost) -> Verdict:
     """How far the two values without masks are from the Monte-Carlo spread, and why."""
     spread = cost.spread
     if spread.value <= 0:
-        distance = Estimate(math.nan, math.nan, spread.n)
+        distance = replace(spread, value=math.nan, standard_error=math.nan)
     else:
         relative = spread.standard_error * cost.gaussian / spread.value**2
-        distance = Estimate(abs(cost.gaussian / spread.value - 1), relative, spread.n)
+        distance = replace(
+            spread, value=abs(cost.gaussian / spread.value - 1), standard_error=relative
+        )
     beyond = (
         _against(distance.value, distance.standard_error, GAUSSIAN_TOLERANCE)
         if math.isfinite(distance.value)

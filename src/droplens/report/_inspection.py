@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from droplens.estimates import Estimate, mean_estimate
-from droplens.inspection import Comparison, Cost, HeldOut, Inspection
+from droplens.inspection import Comparison, Cost, HeldOut, Inspection, SiteCost
 from droplens.measure import Equalization, Flatness
 from droplens.report._document import Column, Document, Figure, NotMeasured, Section, Table
 from droplens.report._figures import Curve, bars, dots, lines, spectra, split
@@ -243,6 +243,7 @@ def _cost_section(costs: Mapping[str, Cost], unit: str) -> Section:
     }
     blocks: list[Any] = [
         _cost_table(costs, unit),
+        _spread_table(costs, unit),
         bars(
             three,
             title="Three evaluations of the spread",
@@ -266,33 +267,57 @@ def _cost_section(costs: Mapping[str, Cost], unit: str) -> Section:
 
 
 def _cost_table(costs: Mapping[str, Cost], unit: str) -> Table:
-    rows: list[tuple[Any, ...]] = []
-    for name, cost in costs.items():
-        rows.append(
-            (name, "all", cost.gap, cost.spread, cost.shift, cost.gaussian, cost.second_order)
-        )
-        rows += [
-            (name, site, a.gap, a.spread, a.shift, a.gaussian, a.second_order)
-            for site, a in cost.by_site.items()
-        ]
+    rows = [(label, part.gap, part.spread, part.shift) for label, part in _cost_rows(costs)]
     columns = [
-        Column("set"),
-        Column("site"),
+        Column("what drops"),
         Column("gap", unit),
         Column("spread", unit),
         Column("shift", unit),
-        Column("Gaussian", unit),
-        Column("second order", unit),
     ]
-    draws = next(iter(costs.values())).draws
-    over = next(iter(costs.values())).gap.over
+    first = next(iter(costs.values()))
     return Table(
         columns,
         rows,
         "What dropout costs, by site",
-        f"Gap, spread and shift by Monte Carlo with {draws} masks a network, standard errors "
-        f"over {over}; Gaussian and second order are computed, for the spread.",
+        f"Monte Carlo with {first.draws} masks a network, standard errors over {first.gap.over}.",
     )
+
+
+def _spread_table(costs: Mapping[str, Cost], unit: str) -> Table:
+    rows = [
+        (
+            label,
+            part.spread,
+            part.gaussian,
+            _distance(part.gaussian, part.spread),
+            part.second_order,
+            _distance(part.second_order, part.spread),
+        )
+        for label, part in _cost_rows(costs)
+    ]
+    columns = [
+        Column("what drops"),
+        Column("Monte Carlo", unit),
+        Column("Gaussian", unit),
+        Column("off by", "%"),
+        Column("second order", unit),
+        Column("off by", "%"),
+    ]
+    return Table(columns, rows, "The spread, evaluated three times")
+
+
+def _cost_rows(costs: Mapping[str, Cost]) -> list[tuple[str, Cost | SiteCost]]:
+    rows: list[tuple[str, Cost | SiteCost]] = []
+    for name, cost in costs.items():
+        suffix = f" ({name})" if len(costs) > 1 else ""
+        rows.append((f"all sites{suffix}", cost))
+        rows += [(f"{site} alone{suffix}", part) for site, part in cost.by_site.items()]
+    return rows
+
+
+def _distance(value: float, spread: Estimate) -> float | None:
+    """Signed distance from the Monte-Carlo spread in whole and tenth percents."""
+    return round(100 * (value / spread.value - 1), 1) if spread.value > 0 else None
 
 
 def _equalisation_section(sets: Mapping[str, Sequence[Inspection]]) -> Section:
@@ -307,26 +332,22 @@ def _equalisation_section(sets: Mapping[str, Sequence[Inspection]]) -> Section:
             share = [100 * e.participation / len(e.scores) for e in equal]
             rows.append(
                 (
-                    site,
+                    f"{site} → {found[0].layers[site]}",
                     name,
-                    found[0].layers[site],
                     len(equal[0].scores),
                     _over([e.variation for e in equal]),
                     _over([e.participation for e in equal]),
-                    _over(share),
                 )
             )
             values.setdefault(site, {})[name] = (
                 mean_estimate(share, "networks") if len(share) > 1 else Estimate(share[0])
             )
     columns = [
-        Column("site"),
+        Column("site → layer that reads it"),
         Column("set"),
-        Column("read by"),
         Column("units"),
         Column("variation", "σ/mean"),
         Column("participation", "units"),
-        Column("share", "%"),
     ]
     table = Table(columns, rows, "How evenly the units of each site matter")
     figure = bars(
