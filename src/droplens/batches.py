@@ -1,0 +1,295 @@
+"""What counts as data: pairs of tensors, data sets, loaders, turned into batches one can re-read.
+
+Nothing is held: a loader is streamed, pass after pass. A loader that shuffles from one of the
+global streams (torch, NumPy, random) or from its own generator gives the same batches in every
+pass, and leaves those streams as they were.
+"""
+
+import math
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from droplens.calling import check_inputs, tensors_in
+
+TARGET_KEYS = ("labels", "label", "targets", "target")
+
+# Numbers in one chunk of a data set that is given whole: 8 MB of float32.
+_CHUNK_NUMBERS = 2**21
+_CHUNK_EXAMPLES = 2048
+
+
+class Batch(NamedTuple):
+    """Inputs as the model takes them (tensor, tuple or mapping), and targets if there are any."""
+
+    inputs: Any
+    targets: Tensor | None
+
+
+class Batches(ABC):
+    """Data in batches that can be read again and again."""
+
+    @abstractmethod
+    def __iter__(self) -> Iterator[Batch]:
+        """One pass over all batches, checked: no empty ones, no NaN, no Inf."""
+
+
+def as_batches(data: Any) -> Batches:
+    """Turn `data` into batches of (inputs, targets).
+
+    Accepted: a tensor of inputs; a pair (inputs, targets), where inputs may also be a tuple or
+    mapping of tensors; a TensorDataset or any data set of such pairs; a DataLoader, or a sequence
+    of batches, each a tensor, a tuple whose last entry is the targets, or a mapping that holds
+    them under "labels" or "targets".
+
+    >>> batch, = as_batches((torch.zeros(5, 2), torch.ones(5)))
+    >>> batch.inputs.shape, batch.targets.shape
+    (torch.Size([5, 2]), torch.Size([5]))
+
+    Raises:
+        TypeError: if `data` is something else, or can be read only once.
+        ValueError: if it is empty, or inputs and targets differ in length.
+    """
+    if isinstance(data, Batches):
+        return data
+    if isinstance(data, Tensor | Mapping):
+        return _Whole(_split(data))
+    if isinstance(data, TensorDataset):
+        return _Whole(_split(data.tensors))
+    if isinstance(data, Sequence) and not isinstance(data, str) and _is_pair(data):
+        return _Whole(Batch(data[0], data[1]))
+    if isinstance(data, Dataset) and not isinstance(data, Iterable):
+        return _Loaded(DataLoader(data, batch_size=256))
+    if isinstance(data, Iterator):
+        raise TypeError(
+            f"data is a {type(data).__name__}, which can be read only once; pass a list of "
+            "batches or a DataLoader"
+        )
+    if isinstance(data, Iterable) and not isinstance(data, str):
+        return _Loaded(data)
+    raise TypeError(
+        "data has to be a tensor, a pair (inputs, targets), a data set or a DataLoader, but got "
+        f"{type(data).__name__}"
+    )
+
+
+def n_examples(inputs: Any) -> int:
+    """How many examples a batch of inputs holds: the length of its first tensor."""
+    return len(tensors_in(inputs)[0])
+
+
+def _is_pair(data: Sequence[Any]) -> bool:
+    """Whether this is (inputs, targets) rather than a list of batches."""
+    return len(data) == 2 and (data[1] is None or isinstance(data[1], Tensor))
+
+
+def _split(item: Any) -> Batch:
+    """Tell inputs from targets in one batch of a loader.
+
+    Raises:
+        TypeError: if the batch is nothing that holds inputs.
+    """
+    if isinstance(item, Tensor):
+        return Batch(item, None)
+    if isinstance(item, Mapping):
+        key = next((key for key in TARGET_KEYS if key in item), None)
+        inputs = {name: value for name, value in item.items() if name != key}
+        return Batch(inputs, None if key is None else item[key])
+    if isinstance(item, list | tuple) and item:
+        if len(item) == 1:
+            return Batch(item[0], None)
+        return Batch(item[0] if len(item) == 2 else tuple(item[:-1]), item[-1])
+    raise TypeError(
+        "a batch has to be a tensor, a tuple (inputs, targets) or a mapping, but got "
+        f"{type(item).__name__}"
+    )
+
+
+def _checked(batch: Batch) -> Batch:
+    check_inputs(batch.inputs)
+    targets = batch.targets
+    if targets is None:
+        return batch
+    if not isinstance(targets, Tensor):
+        raise TypeError(f"targets has to be a tensor, but got {type(targets).__name__}")
+    if targets.dim() == 0 or len(targets) != n_examples(batch.inputs):
+        raise ValueError(
+            f"inputs has {n_examples(batch.inputs)} examples but targets has shape "
+            f"{tuple(targets.shape)}"
+        )
+    if targets.is_floating_point() and not bool(targets.isfinite().all()):
+        raise ValueError("targets holds NaN or Inf; clean the data first")
+    return batch
+
+
+class _Whole(Batches):
+    """Tensors in memory, read in chunks."""
+
+    def __init__(self, batch: Batch) -> None:
+        self._batch = _checked(batch)
+        first = tensors_in(batch.inputs)[0]
+        per_example = max(1, sum(t[0].numel() for t in tensors_in(batch.inputs)))
+        self._n = len(first)
+        self._size = max(1, min(_CHUNK_EXAMPLES, _CHUNK_NUMBERS // per_example))
+
+    def __iter__(self) -> Iterator[Batch]:
+        for start in range(0, self._n, self._size):
+            rows = slice(start, start + self._size)
+            targets = self._batch.targets
+            yield Batch(
+                rows_of(self._batch.inputs, rows), None if targets is None else targets[rows]
+            )
+
+
+def rows_of(inputs: Any, rows: slice) -> Any:
+    """The examples `rows` of a batch's inputs."""
+    if isinstance(inputs, Tensor):
+        return inputs[rows]
+    if isinstance(inputs, Mapping):
+        return {name: rows_of(value, rows) for name, value in inputs.items()}
+    if isinstance(inputs, list | tuple):
+        return tuple(rows_of(value, rows) for value in inputs)
+    return inputs
+
+
+class _Loaded(Batches):
+    """A loader or a list of batches, streamed; every pass starts from the same random state."""
+
+    def __init__(self, loader: Iterable[Any]) -> None:
+        self._loader = loader
+        self._own = _generators(loader)
+        self._start = _Streams()
+
+    def __iter__(self) -> Iterator[Batch]:
+        before = [generator.get_state() for generator in self._own]
+        streams = self._start
+        empty = True
+        try:
+            with streams.lent():
+                iterator = iter(self._loader)
+                streams = streams.advanced()
+            while True:
+                # The streams are lent for the time of each fetch alone, so that what the
+                # consumer draws in between comes from its own.
+                with streams.lent():
+                    try:
+                        item = next(iterator)
+                    except StopIteration:
+                        break
+                    finally:
+                        streams = streams.advanced()
+                empty = False
+                yield _checked(_split(item))
+        finally:
+            for generator, state in zip(self._own, before, strict=True):
+                generator.set_state(state)
+        if empty:
+            raise ValueError("data is empty: there is no batch to measure on")
+
+
+def _generators(loader: Any) -> list[torch.Generator]:
+    owners = (loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None))
+    found = {id(g): g for owner in owners if (g := getattr(owner, "generator", None)) is not None}
+    return [generator for generator in found.values() if isinstance(generator, torch.Generator)]
+
+
+class _Streams:
+    """A state of the global random streams that data loading may draw from."""
+
+    def __init__(self) -> None:
+        self._torch = torch.get_rng_state()
+        self._numpy = np.random.get_state()
+        self._python = random.getstate()
+
+    def install(self) -> None:
+        torch.set_rng_state(self._torch)
+        np.random.set_state(self._numpy)
+        random.setstate(self._python)
+
+    def lent(self) -> "_Lent":
+        return _Lent(self)
+
+    def advanced(self) -> "_Streams":
+        """Where the streams are now."""
+        return _Streams()
+
+
+class _Lent:
+    """While open, the global streams are in the given state; afterwards as before."""
+
+    def __init__(self, state: _Streams) -> None:
+        self._state = state
+
+    def __enter__(self) -> None:
+        self._before = _Streams()
+        self._state.install()
+
+    def __exit__(self, *_: object) -> None:
+        self._before.install()
+
+
+class Fingerprint:
+    """A sum over the examples of a pass that does not depend on their order.
+
+    Two passes over the same examples agree to rounding, however batched; passes with other
+    examples (a shuffling loader that drops its last batch, random augmentation) do not.
+    """
+
+    def __init__(self) -> None:
+        self._sum = 0.0
+
+    def add(self, batch: Batch) -> None:
+        """Count one batch in."""
+        tensors = tensors_in(batch.inputs)
+        if batch.targets is not None:
+            tensors = [*tensors, batch.targets]
+        n = len(tensors[0])
+        scores = torch.zeros(n, dtype=torch.float64, device=tensors[0].device)
+        for k, tensor in enumerate(t for t in tensors if t.dim() and len(t) == n):
+            rows = tensor.detach().reshape(n, -1).double()
+            probe = torch.arange(rows.shape[1], dtype=torch.float64, device=rows.device)
+            scores = scores + rows.to(scores.device) @ torch.cos(probe + k + 1).to(scores.device)
+        # Squared, so that exchanging targets between examples shows.
+        self._sum += float((scores + 1).square().sum())
+
+    def agrees(self, other: "Fingerprint") -> bool:
+        """Whether both passes saw the same examples."""
+        return math.isclose(self._sum, other._sum, rel_tol=1e-9)
+
+
+class SameEveryPass(Batches):
+    """Batches of which every complete pass is compared with the first.
+
+    For methods that combine several passes, such as products with one Hessian.
+    """
+
+    def __init__(self, batches: Batches) -> None:
+        self._batches = batches
+        self._first: Fingerprint | None = None
+
+    def __iter__(self) -> Iterator[Batch]:
+        seen = Fingerprint()
+        for batch in self._batches:
+            seen.add(batch)
+            yield batch
+        if self._first is None:
+            self._first = seen
+        elif not seen.agrees(self._first):
+            raise ValueError(
+                "data changes between passes (a loader that shuffles and drops its last batch, "
+                "or augments at random), but this measure reads one data set many times; use "
+                "shuffle=False without augmentation"
+            )
+
+
+def checked_passes(data: Any) -> Batches:
+    """Like `as_batches`, for methods that need every pass to see the same examples."""
+    batches = as_batches(data)
+    # Tensors in memory cannot change unasked.
+    return batches if isinstance(batches, _Whole) else SameEveryPass(batches)

@@ -1,0 +1,23 @@
+"""What dropout did to a network, one quantity a file (theory §4).
+
+Every sampled number is an Estimate; exact numbers are plain.
+"""
+
+from droplens.measure._condensation import Condensation, condensation
+from droplens.measure._equalization import Equalization, equalization
+from droplens.measure._fisher import Fisher, fisher
+from droplens.measure._flatness import Flatness, flatness
+from droplens.measure._spectrum import Spectrum, spectrum
+
+__all__ = [
+    "Condensation",
+    "Equalization",
+    "Fisher",
+    "Flatness",
+    "Spectrum",
+    "condensation",
+    "equalization",
+    "fisher",
+    "flatness",
+    "spectrum",
+]

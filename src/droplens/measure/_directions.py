@@ -1,0 +1,96 @@
+"""Directions in parameter space: random ones, scaled filter by filter (theory §4)."""
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from droplens.measure._checks import trainable
+
+Direction = Mapping[str, Tensor]
+Filters = Literal["rows", "layer"]
+
+
+def random_direction(model: nn.Module, generator: torch.Generator, filters: Filters) -> Direction:
+    """A Gaussian direction d, every filter scaled to its weights' norm: d ← d·‖θ‖/‖d‖.
+
+    `"rows"` (Li et al. 2018): a filter is a row of a weight (one output unit); biases and norm
+    parameters stay put. `"layer"` (P2): a filter is a whole layer, weight and bias together; norm
+    parameters stay put. Draws one normal number per trainable parameter, in their order, on the
+    generator's device.
+
+    Raises:
+        ValueError: if `filters` is neither of the two.
+    """
+    if filters not in {"rows", "layer"}:
+        raise ValueError(f"filters has to be 'rows' or 'layer', but got {filters!r}")
+    parameters = trainable(model)
+    drawn = {
+        name: torch.randn(p.shape, generator=generator, device=generator.device, dtype=p.dtype).to(
+            p.device
+        )
+        for name, p in parameters.items()
+    }
+    scale = _by_rows if filters == "rows" else _by_layer
+    return scale(parameters, drawn)
+
+
+def _by_rows(parameters: Mapping[str, Tensor], drawn: Direction) -> Direction:
+    result = {}
+    for name, p in parameters.items():
+        if p.dim() < 2:
+            result[name] = torch.zeros_like(p, requires_grad=False)
+            continue
+        size = p.detach().flatten(1).norm(dim=1)
+        own = drawn[name].flatten(1).norm(dim=1)
+        ratio = (size / own).view(-1, *(1,) * (p.dim() - 1))
+        result[name] = drawn[name] * ratio
+    return result
+
+
+def _by_layer(parameters: Mapping[str, Tensor], drawn: Direction) -> Direction:
+    layers: dict[str, list[str]] = {}
+    for name in parameters:
+        layers.setdefault(name.rpartition(".")[0], []).append(name)
+    result = {}
+    for names in layers.values():
+        if all(parameters[name].dim() < 2 for name in names):
+            ratio = 0.0
+        else:
+            size = _norm([parameters[name].detach() for name in names])
+            ratio = size / _norm([drawn[name] for name in names])
+        for name in names:
+            result[name] = drawn[name] * ratio
+    return {name: result[name] for name in parameters}
+
+
+def _norm(tensors: list[Tensor]) -> float:
+    return float(torch.stack([tensor.double().norm() for tensor in tensors]).norm())
+
+
+def given_direction(model: nn.Module, direction: Direction, position: int) -> Direction:
+    """Check a direction that the caller brought; parameters it does not name stay put.
+
+    Raises:
+        ValueError: if it names unknown parameters, or shapes differ, or it holds NaN or Inf.
+    """
+    parameters = trainable(model)
+    unknown = sorted(set(direction) - set(parameters))
+    if unknown:
+        raise ValueError(
+            f"directions[{position}] names {unknown[0]!r}, which is no trainable parameter of "
+            f"the model"
+        )
+    result = {}
+    for name, p in parameters.items():
+        step = direction.get(name, torch.zeros_like(p, requires_grad=False)).detach().to(p)
+        if step.shape != p.shape:
+            raise ValueError(
+                f"directions[{position}][{name!r}] has to have shape {tuple(p.shape)}, but got "
+                f"{tuple(step.shape)}"
+            )
+        if not bool(step.isfinite().all()):
+            raise ValueError(f"directions[{position}][{name!r}] holds NaN or Inf")
+        result[name] = step
+    return result
