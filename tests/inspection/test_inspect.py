@@ -1,5 +1,6 @@
 """One network inspected: numbers that agree with their rooms, nothing lost, nothing left behind."""
 
+import html
 import json
 
 import pytest
@@ -8,8 +9,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import droplens as dl
-from droplens.inspection._readers import outgoing_weights, readers
 from droplens.batches import as_batches
+from droplens.inspection._readers import outgoing_weights, readers
 from tests.discovery.test_sites import assert_same_state, state_of
 
 loss = nn.CrossEntropyLoss()
@@ -129,9 +130,10 @@ def test_page_and_twin_say_the_same(tmp_path):
     assert twin["numbers"]["fisher"]["trace"]["value"] == found.fisher.trace.value
     assert twin["seed"] == 0
     assert page.stat().st_size < 2_000_000
+    shown = html.unescape(found._repr_html_())
     for verdict in found.verdicts:
-        assert verdict.sentence[:30] in str(found).replace("\n", " ") or verdict.sentence
-    assert "Does dropout cost anything?" in found._repr_html_()
+        assert verdict.sentence in shown
+        assert verdict.sentence.split()[0] in str(found)
 
 
 def test_a_page_that_cannot_be_written_leaves_nothing(tmp_path):
@@ -167,7 +169,7 @@ BAD = {
     "no targets": (network(), x, loss, ValueError, "data has no targets"),
     "unknown loss": (network(), (x, y), nn.L1Loss(), TypeError, "loss L1Loss is not one whose"),
     "forward raises": (
-        network(), (x[:, :5], y), loss, RuntimeError, "the model's forward raised RuntimeError: mat1"
+        network(), (x[:, :5], y), loss, RuntimeError, "forward raised RuntimeError: mat1"
     ),
     "unequal": (network(), (x, y[:3]), loss, ValueError, "inputs has 40 examples but targets"),
     "not data": (network(), 7, loss, TypeError, "data has to be a tensor, a pair"),
