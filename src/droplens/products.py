@@ -25,26 +25,30 @@ def pull_back(
 
 
 def term_jacobian(
-    f: Tensor, term: int, tensors: Sequence[Tensor], create_graph: bool = False
+    f: Tensor,
+    term: int,
+    contrasts: Tensor,
+    tensors: Sequence[Tensor],
+    create_graph: bool = False,
 ) -> tuple[Tensor, ...]:
-    """The C rows of J for one term of every example: one backward pass a class.
+    """Rows of J for one term of every example: one backward pass a contrast.
 
-    Examples do not mix in a network, so one pass per class serves all n of them: entry
-    [c, …] for an element that belongs to example i is ∂f[i, term, c]/∂element.
+    Examples do not mix in a network, so one pass serves all n of them: entry [k, …] for an
+    element that belongs to example i is ∂(contrast_k · f[i, term])/∂element.
 
     Args:
         f: natural parameters (n, T, C).
         term: which of the T terms.
+        contrasts: combinations of the C natural parameters, (m, C).
         tensors: what to differentiate in.
         create_graph: keep the result differentiable.
 
     Returns:
-        For each tensor, its Jacobian (C, *shape).
+        For each tensor, its Jacobian (m, *shape).
     """
-    n_classes = f.shape[2]
     rows: list[tuple[Tensor, ...]] = []
-    for c in range(n_classes):
+    for contrast in contrasts:
         cotangent = torch.zeros_like(f)
-        cotangent[:, term, c] = 1
+        cotangent[:, term] = contrast
         rows.append(pull_back(f, cotangent, tensors, create_graph))
     return tuple(torch.stack(column) for column in zip(*rows, strict=True))

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 import droplens as dl
-from droplens.penalties._divergence import normal_points
 from tests.reference import (
     all_coins,
     exact_parts,
@@ -308,16 +307,6 @@ def test_single_precision_is_close_to_double():
     net = deep_network(p=0.5)
     wide = float(dl.penalty(net, x, cross_entropy))
     assert float(dl.penalty(net.float(), x.float(), cross_entropy)) == pytest.approx(wide, rel=1e-4)
-
-
-def test_point_sets_are_centred_and_white():
-    for dimension in (1, 3, 10):
-        points = normal_points(dimension)
-        torch.testing.assert_close(points.mean(0), points.new_zeros(dimension), atol=1e-12, rtol=0)
-        covariance = points.mT @ points / len(points)
-        torch.testing.assert_close(
-            covariance, torch.eye(dimension, dtype=torch.float64), atol=1e-12, rtol=0
-        )
 
 
 def test_bad_arguments_are_named():

@@ -60,6 +60,11 @@ class GroupCovariance(Covariance):
         """λ times the folded scores."""
         return self.variance * folded
 
+    def gram(self, scores: Tensor) -> Tensor:
+        """λ J Jᵀ over runs: scaling the small product spares a copy of the scores."""
+        folded = self.fold(self._checked(scores))
+        return self.variance * (folded @ folded.mT)
+
 
 @dataclass(frozen=True)
 class CoinLaw(Law):

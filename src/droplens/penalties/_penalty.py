@@ -9,9 +9,8 @@ from torch import Tensor, nn
 
 from droplens.calling import check_inputs, check_outputs
 from droplens.gates import Gate, Opened, open_gates
-from droplens.losses import Family
+from droplens.losses import POINTS, Family
 from droplens.losses import family as family_of
-from droplens.penalties._divergence import gaussian_spread
 from droplens.penalties._layout import (
     check_law_along,
     example_axis,
@@ -19,6 +18,9 @@ from droplens.penalties._layout import (
     quadratic_total,
 )
 from droplens.products import pull_back, term_jacobian
+
+# Examples × points × classes evaluated at once: what stays in a core's cache.
+_CACHED_NUMBERS = 1 << 17
 
 Method = Literal["gaussian", "second_order"]
 
@@ -185,8 +187,9 @@ def _gaussian(
         return total, values
     n, n_terms, _ = f.shape
     tensors = [gate.tensor for gate in gates]
+    contrasts = family.contrasts(f)
     for term in range(n_terms):
-        jacobians = term_jacobian(f, term, tensors, create_graph=keep)
+        jacobians = term_jacobian(f, term, contrasts, tensors, create_graph=keep)
         here = f[:, term] if keep else f[:, term].detach()
         weight = weights[:, term]
         noises = [
@@ -200,3 +203,10 @@ def _gaussian(
             joint = torch.stack(noises).sum(0)
             total = total + (weight * gaussian_spread(family, here, joint)).sum()
     return (total if len(gates) > 1 else values[gates[0].name]), values
+
+
+def gaussian_spread(family: Family, f: Tensor, covariance: Tensor) -> Tensor:
+    """Spread of one term under output noise of `covariance` (n, m, m) at f (n, C): (n)."""
+    rows = max(1, _CACHED_NUMBERS // (POINTS * f.shape[-1]))
+    parts = zip(f.split(rows), covariance.split(rows), strict=True)
+    return torch.cat([family.noise_spread(here, noise) for here, noise in parts])
