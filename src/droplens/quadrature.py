@@ -92,7 +92,7 @@ def _narrow(a: Tensor, s: Tensor) -> Tensor:
 def _wide(a: Tensor, s: Tensor) -> Tensor:
     u = a / s
     density = torch.exp(-0.5 * u.square()) / math.sqrt(2 * math.pi)
-    ramp = s * density + a * torch.special.ndtr(u)
+    ramp: Tensor = s * density + a * torch.special.ndtr(u)
     nodes, weights = (part.to(a) for part in _laguerre())
     centre, width = u.unsqueeze(-1), s.unsqueeze(-1)
     t = nodes / width
