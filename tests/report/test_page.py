@@ -87,7 +87,7 @@ def test_says_the_verdicts_first(reader, written):
     proof = page.inner_text("#v-cost .proof").split("\n")
     assert proof[:6] == [
         "Measured",
-        "0.279 nats",
+        "0.2790 nats",
         "Threshold",
         "0 nats",
         "Standard error",
@@ -170,6 +170,16 @@ def test_fits_a_phone(reader, written, width):
     for summary in page.query_selector_all("summary"):
         summary.click()
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+    cut = page.eval_on_selector_all(
+        ".interactive svg",
+        """all => all.flatMap(svg => {
+            const frame = svg.getBoundingClientRect();
+            return [...svg.querySelectorAll("text")]
+                .filter(text => text.getBoundingClientRect().right > frame.right + 1)
+                .map(text => text.textContent);
+        })""",
+    )
+    assert cut == []
     wide = page.eval_on_selector_all(
         ".scroll", "all => all.filter(box => box.scrollWidth > box.clientWidth).length"
     )

@@ -3,6 +3,8 @@
 import math
 import re
 
+import pytest
+
 from droplens import report
 from droplens.estimates import Estimate
 from tests import samples
@@ -41,5 +43,22 @@ def test_numbers():
     assert report.format_number(1e20) == "1 × 10²⁰"
     assert report.format_cell(Estimate(1.0, math.nan, 1)) == "1"
     assert report.format_cell(Estimate(2.5)) == "2.5"
-    assert report.format_cell(Estimate(1.2e-9, 3e-11, 5)).endswith("3 × 10⁻¹¹")
     assert report.format_cell("words - kept") == "words - kept"
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "text"),
+    [
+        (0.279, 0.0016, "0.2790 ± 0.0016"),
+        (-0.000018, 5.7e-5, "(−1.8 ± 5.7) × 10⁻⁵"),
+        (1.2e-9, 3.4e-11, "(1.200 ± 0.034) × 10⁻⁹"),
+        (12345.6, 78.9, "12,346 ± 79"),
+        (3.2e9, 4.5e7, "(3.200 ± 0.045) × 10⁹"),
+        (0.0, 0.5, "0.00 ± 0.50"),
+        (1.0, 1e-16, "1 ± 1 × 10⁻¹⁶"),
+        (math.nan, 0.1, "undefined ± 0.1"),
+        (0.5, math.inf, "0.5 ± ∞"),
+    ],
+)
+def test_estimates_share_their_decimals_and_power_of_ten(value, error, text):
+    assert report.format_cell(Estimate(value, error, 10)) == text

@@ -345,8 +345,15 @@ def _legend(alt: Any, names: Sequence[str], symbol: str) -> Any:
     if len(names) < 2:
         return None
     size = 500 if symbol == "stroke" else 90
+    # As many entries a line as the chart is wide for: a phone shows them one below the other.
+    entry = 7 * max(map(len, names)) + (44 if symbol == "stroke" else 28)
     return alt.Legend(
-        title=None, symbolType=symbol, symbolSize=size, symbolOpacity=1, symbolStrokeWidth=2
+        title=None,
+        symbolType=symbol,
+        symbolSize=size,
+        symbolOpacity=1,
+        symbolStrokeWidth=2,
+        columns=alt.ExprRef(f"max(1, floor(width / {entry}))"),
     )
 
 

@@ -27,21 +27,49 @@ def format_cell(cell: Cell) -> str:
     """A table's cell as text.
 
     >>> format_cell(Estimate(-0.279, 0.0016, 300)), format_cell(None), format_cell(True)
-    ('−0.279 ± 0.0016', '–', 'yes')
+    ('−0.2790 ± 0.0016', '–', 'yes')
     """
     if cell is None:
         return "–"
     if isinstance(cell, bool):
         return "yes" if cell else "no"
     if isinstance(cell, Estimate):
-        if not math.isfinite(cell.standard_error):
-            return format_number(cell.value)
-        if cell.standard_error == 0:
-            return format_number(cell.value)
-        return " ± ".join(_typeset(part) for part in str(cell).split(" ± "))
+        return _format_estimate(cell)
     if isinstance(cell, int | float):
         return format_number(cell)
     return cell
+
+
+def format_parts(estimate: Estimate) -> tuple[str, str]:
+    """Value and standard error apart, rounded alike: two digits of the error.
+
+    >>> format_parts(Estimate(-0.2791, 0.0016, 300)), format_parts(Estimate(-1.8e-5, 5.7e-5, 3))
+    (('−0.2791', '0.0016'), ('−1.8 × 10⁻⁵', '5.7 × 10⁻⁵'))
+    """
+    value, error, power = _rounded(estimate)
+    return value + power, error + power
+
+
+def _format_estimate(estimate: Estimate) -> str:
+    value, error, power = _rounded(estimate)
+    if error in {"0", "undefined"}:
+        return value + power
+    return f"({value} ± {error}){power}" if power else f"{value} ± {error}"
+
+
+def _rounded(estimate: Estimate) -> tuple[str, str, str]:
+    """Value, error, and the power of ten that both are to be multiplied by."""
+    value, error = estimate.value, estimate.standard_error
+    # An error below a billionth of the value is rounding, not spread.
+    if not (math.isfinite(value) and math.isfinite(error)) or error <= 1e-9 * abs(value):
+        return format_number(value), format_number(error, 2), ""
+    size = math.floor(math.log10(max(abs(value), error)))
+    power = 0 if -4 < size < 6 else size
+    value, error = value / 10**power, error / 10**power
+    decimals = max(0, 1 - math.floor(math.log10(error)))
+    texts = [f"{number:,.{decimals}f}".replace("-", "−") for number in (value, error)]
+    exponent = f" × 10{str(power).translate(_SUPERSCRIPTS)}" if power else ""
+    return texts[0], texts[1], exponent
 
 
 def _typeset(text: str) -> str:

@@ -7,7 +7,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, Final
 
 from droplens.report._document import Document, Figure, Section, Table
-from droplens.report._numbers import format_cell, format_number
+from droplens.report._numbers import format_cell, format_number, format_parts
 from droplens.report._scale import ruler
 from droplens.report._vega import script_bundle, static_svg, styled
 from droplens.verdicts import Verdict
@@ -64,7 +64,7 @@ def templates() -> "Environment":
         slug=_slug,
         wordy=_wordy,
     )
-    templates.globals.update(drawn=_drawn, ruler=ruler, kind=_kind)
+    templates.globals.update(drawn=_drawn, ruler=ruler, kind=_kind, parts=format_parts)
     return templates
 
 

@@ -19,15 +19,18 @@ def print_verdicts(document: Document, console: "Console") -> None:
     if document.subtitle:
         console.print(Text(document.subtitle))
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("Verdict", "What was measured", "Measured", "Threshold"):
-        table.add_column(name, justify="left", overflow="fold")
+    table.add_column("Verdict", no_wrap=True)
+    table.add_column("What was measured, against which threshold", overflow="fold")
     for verdict in document.verdicts:
         unit = f" {verdict.unit}" if verdict.unit else ""
+        measured = format_cell(verdict.measured) + unit
+        threshold = format_number(verdict.threshold) + unit
         table.add_row(
             Text(verdict.outcome, style="bold"),
-            Text(verdict.sentence),
-            Text(format_cell(verdict.measured) + unit),
-            Text(format_number(verdict.threshold) + unit),
+            Text.assemble(
+                verdict.sentence,
+                (f"\n{measured}; threshold {threshold}; n = {verdict.n}", "dim"),
+            ),
         )
     if document.verdicts:
         console.print(table)
