@@ -81,8 +81,8 @@ def test_top_eigenvalues_and_trace(name):
     H = dense_hessian_of(model, x, y, CE)
     truth = torch.linalg.eigvalsh(H).flip(0)
     result = measure.hessian(model, (x, y), CE, top=3, seed=0)
-    torch.testing.assert_close(result.top_eigenvalues, truth[:3], rtol=1e-8, atol=1e-10)
-    assert (result.residuals < 1e-4 * truth[0]).all()
+    torch.testing.assert_close(result.top_eigenvalues, truth[:3], rtol=1e-6, atol=0)
+    assert (result.residuals < 2e-4 * truth[0]).all()
     z = (float(result.trace) - float(H.trace())) / result.trace.standard_error
     assert abs(z) < 4
     assert result.trace.over == "probes"
@@ -176,7 +176,7 @@ def test_summed_and_weighted_losses_add_up_over_batches():
     ):
         truth = torch.linalg.eigvalsh(dense_hessian(model, x, y, loss)).flip(0)
         found = measure.hessian(model, parts, loss, top=2, seed=0).top_eigenvalues
-        torch.testing.assert_close(found, truth[:2], rtol=1e-8, atol=1e-10)
+        torch.testing.assert_close(found, truth[:2], rtol=1e-6, atol=0)
 
 
 class Drifting(Dataset):
