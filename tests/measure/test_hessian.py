@@ -101,6 +101,15 @@ def test_the_trace_is_unbiased_and_its_error_honest():
     assert 0.5 < float(z.square().mean()) < 2.2
 
 
+def test_the_part_of_the_trace_on_the_eigenvectors_is_exact():
+    """A softmax regression has rank at most n·(C − 1): with those known, nothing is left."""
+    x, y = torch.randn(8, 30, dtype=torch.float64), torch.arange(8) % 3
+    model = nn.Linear(30, 3).double()
+    H = dense_hessian(model, x, y, CE)
+    result = measure.hessian(model, (x, y), CE, top=16, probes=2)
+    assert float(result.trace) == pytest.approx(float(H.trace()), rel=1e-7)
+
+
 def test_trace_equals_the_fishers_for_rectified_networks():
     model, data = network(nn.ReLU), examples()
     result = measure.hessian(model, data, CE, top=4, probes=400, seed=0)
