@@ -111,6 +111,17 @@ def test_the_consumer_draws_from_its_own_stream():
     assert [float(torch.rand(())) for _ in as_batches(loader)] == alone
 
 
+def test_the_order_is_the_loaders_own():
+    loader = DataLoader(Noisy(), batch_size=2, shuffle=True)
+    state = streams()
+    plain = list(loader)
+    torch.set_rng_state(state[0])
+    random.setstate(state[2])
+    np.random.seed(0)
+    batches = as_batches(loader)
+    assert [b.targets.tolist() for b in batches] == [y.tolist() for _, y in plain]
+
+
 def test_a_loaders_own_generator_is_put_back():
     generator = torch.Generator().manual_seed(3)
     loader = DataLoader(TensorDataset(X, Y), batch_size=2, shuffle=True, generator=generator)

@@ -109,8 +109,9 @@ def test_minibatches_equal_a_loop_over_the_same_orders(name):
         child = int(torch.randint(2**53, (), generator=seeds))
         stream = torch.Generator().manual_seed(child)
         orders = [torch.randperm(13, generator=stream) for _ in range(PLAN.epochs)]
-        expected, _ = by_hand(network, examples(), nn.CrossEntropyLoss(), PLAN, orders)
+        expected, history = by_hand(network, examples(), nn.CrossEntropyLoss(), PLAN, orders)
         torch.testing.assert_close(weights(result.networks[s]), weights(expected))
+        torch.testing.assert_close(result.history[:, s].tolist(), history, rtol=1e-6, atol=0)
 
 
 LOSSES = {

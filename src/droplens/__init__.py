@@ -8,7 +8,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from droplens import data as data
     from droplens import masks as masks
+    from droplens import measure as measure
+    from droplens import training as training
     from droplens.discovery import Site as Site
     from droplens.discovery import register_site as register_site
     from droplens.discovery import sites as sites
@@ -22,7 +25,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_ROOMS = ("masks",)
+_ROOMS = ("data", "masks", "measure", "training")
 
 _HOMES = {
     "Estimate": "estimates",

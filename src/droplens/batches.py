@@ -137,6 +137,7 @@ class _Whole(Batches):
         per_example = max(1, sum(t[0].numel() for t in tensors_in(batch.inputs)))
         self._n = len(first)
         self._size = max(1, min(_CHUNK_EXAMPLES, _CHUNK_NUMBERS // per_example))
+        self.chunks = -(-self._n // self._size)
 
     def __iter__(self) -> Iterator[Batch]:
         for start in range(0, self._n, self._size):
@@ -293,3 +294,8 @@ def checked_passes(data: Any) -> Batches:
     batches = as_batches(data)
     # Tensors in memory cannot change unasked.
     return batches if isinstance(batches, _Whole) else SameEveryPass(batches)
+
+
+def is_one_batch(batches: Batches) -> bool:
+    """Whether these are tensors in memory that fit one batch."""
+    return isinstance(batches, _Whole) and batches.chunks == 1

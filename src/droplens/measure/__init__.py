@@ -7,6 +7,8 @@ from droplens.measure._condensation import Condensation, condensation
 from droplens.measure._equalization import Equalization, equalization
 from droplens.measure._fisher import Fisher, fisher
 from droplens.measure._flatness import Flatness, flatness
+from droplens.measure._hessian import Hessian, hessian
+from droplens.measure._interpolation import Interpolation, interpolation
 from droplens.measure._spectrum import Spectrum, spectrum
 
 __all__ = [
@@ -14,10 +16,14 @@ __all__ = [
     "Equalization",
     "Fisher",
     "Flatness",
+    "Hessian",
+    "Interpolation",
     "Spectrum",
     "condensation",
     "equalization",
     "fisher",
     "flatness",
+    "hessian",
+    "interpolation",
     "spectrum",
 ]

@@ -1,0 +1,121 @@
+"""The loss on the line between two networks (theory §4; P2 §2.5)."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from droplens.batches import as_batches
+from droplens.gates import masks_off
+from droplens.measure._checks import trainable
+from droplens.measure._risk import Loss, losses_at
+
+
+@dataclass(frozen=True)
+class Interpolation:
+    """The loss at (1 − α)θ_a + αθ_b.
+
+    Args:
+        alphas: α, (k,), float64.
+        loss: the loss there, (k,), float64; exact for the given data.
+        barrier: how far the loss rises above the straight line between its values at the two
+            networks, at most, over the α in [0, 1] that were looked at; 0 if nowhere.
+        masks: "off", dropout was the identity.
+    """
+
+    alphas: Tensor
+    loss: Tensor
+    barrier: float
+    masks: str
+
+
+def interpolation(
+    model_a: nn.Module,
+    model_b: nn.Module,
+    batches: Any,
+    loss: Any,
+    points: int | Sequence[float] = 21,
+) -> Interpolation:
+    """The loss along the straight line from one network to another (theory §4; P2 §2.5).
+
+    Floating point buffers (running statistics of norm layers) are interpolated with the weights.
+    Dropout is the identity and norm layers are in eval. One pass over the data.
+
+    Args:
+        model_a: the network at α = 0; its forward is used.
+        model_b: the network at α = 1, of the same architecture.
+        batches: what `as_batches` takes, with targets.
+        loss: a loss object; units and reduction are its own.
+        points: how many α from 0 to 1, or the α themselves (P2 takes −0.5 to 1.5).
+
+    Raises:
+        TypeError: if an argument is of the wrong type.
+        ValueError: if the architectures differ, data or weights are bad, or there are too few
+            points.
+    """
+    alphas = _checked_points(points)
+    loss_of, data = Loss(loss), as_batches(batches)
+    start, end = _states(model_a, model_b)
+    states = [_Mixed(start, end, float(alpha)) for alpha in (0.0, 1.0, *alphas)]
+    with masks_off(model_a):
+        found = losses_at(model_a, list(states), data, loss_of)
+    first, last, values = found[0], found[1], found[2:]
+    between = (alphas >= 0) & (alphas <= 1)
+    rise = (values - (1 - alphas) * first - alphas * last)[between]
+    barrier = max(0.0, float(rise.max())) if len(rise) else 0.0
+    return Interpolation(alphas, values, barrier, "off")
+
+
+class _Mixed(Mapping[str, Tensor]):
+    """A point of the line, formed only when it is asked for."""
+
+    def __init__(self, start: dict[str, Tensor], end: dict[str, Tensor], alpha: float) -> None:
+        self._start, self._end, self._alpha = start, end, alpha
+
+    def __getitem__(self, name: str) -> Tensor:
+        a, b = self._start[name], self._end[name]
+        if not a.is_floating_point():
+            return a
+        # Both ends come out exactly, which lerp's a + α(b − a) does not promise.
+        return (1 - self._alpha) * a + self._alpha * b
+
+    def __iter__(self) -> Any:
+        return iter(self._start)
+
+    def __len__(self) -> int:
+        return len(self._start)
+
+
+def _checked_points(points: int | Sequence[float]) -> Tensor:
+    if isinstance(points, int) and not isinstance(points, bool):
+        if points < 2:
+            raise ValueError(f"points has to be at least 2, but got {points}")
+        return torch.linspace(0, 1, points, dtype=torch.float64)
+    alphas = torch.as_tensor(points, dtype=torch.float64).flatten()
+    if len(alphas) == 0 or not bool(alphas.isfinite().all()):
+        raise ValueError("points has to hold at least one finite number")
+    return alphas
+
+
+def _states(model_a: nn.Module, model_b: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    for name, model in (("model_a", model_a), ("model_b", model_b)):
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"{name} has to be a torch module, but got {type(model).__name__}")
+        trainable(model)
+    start, end = (
+        {
+            name: value.detach()
+            for group in (model.named_parameters(), model.named_buffers())
+            for name, value in group
+        }
+        for model in (model_a, model_b)
+    )
+    shapes = [{name: v.shape for name, v in state.items()} for state in (start, end)]
+    if shapes[0] != shapes[1]:
+        odd = sorted(set(shapes[0].items()) ^ set(shapes[1].items()))[0][0]
+        raise ValueError(
+            f"model_a and model_b have to share an architecture, but differ in {odd!r}"
+        )
+    return start, end
