@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from droplens import masks as masks
+    from droplens import nn as nn
     from droplens.discovery import Site as Site
     from droplens.discovery import register_site as register_site
     from droplens.discovery import sites as sites
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_ROOMS = ("masks",)
+_ROOMS = ("masks", "nn")
 
 _HOMES = {
     "Estimate": "estimates",
