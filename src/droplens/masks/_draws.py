@@ -12,7 +12,10 @@ def eager() -> bool:
     vmap refuses in-place draws on fresh tensors; graph capture and fake tensors would bake
     data-dependent sizes in.
     """
-    if torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch.compiler.is_compiling():
+        return False
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    if any(level.key() == torch._C._functorch.TransformType.Vmap for level in stack):
         return False
     return not torch.utils._python_dispatch._get_current_dispatch_mode_stack()
 

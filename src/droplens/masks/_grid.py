@@ -27,7 +27,9 @@ def n_starts(grid: tuple[int, ...], size: int) -> tuple[int, ...]:
 
 def axis_cover(length: int, size: int) -> Tensor:
     """c_a on one axis: starts whose block covers position a, int64 (length,) (theory §1)."""
-    return axis_overlap(length, size).diagonal()
+    s = size if length >= size else length
+    a = torch.arange(length)
+    return a.clamp(max=length - s) - (a - s + 1).clamp(min=0) + 1
 
 
 def axis_overlap(length: int, size: int) -> Tensor:

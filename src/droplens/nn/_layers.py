@@ -93,6 +93,9 @@ class MaskedLayer(_DropoutNd):
         return False
 
     def _times_mask(self, x: Tensor) -> Tensor:
+        if self._stream.generator is not None:
+            dropped: Tensor = self._times_generated(x)
+            return dropped
         if not torch.compiler.is_compiling():
             generator = self._stream.take(x) if self._stream.own else None
             return masked(x, self._law, True, generator, inplace=self.inplace)
@@ -102,17 +105,15 @@ class MaskedLayer(_DropoutNd):
             return masked(x, self._outline, True, inplace=self.inplace, rate=self._scheduled)
         return masked(x, self._law, True, inplace=self.inplace)
 
-    def _times_seeded(self, x: Tensor) -> Tensor:
-        """The same mask that eager mode would draw, in a captured graph.
+    @torch.compiler.disable(  # type: ignore[untyped-decorator]
+        reason="no graph can hold a generator; give the layer seed= instead"
+    )
+    def _times_generated(self, x: Tensor) -> Tensor:
+        return masked(x, self._law, True, self._stream.take(x), inplace=self.inplace)
 
-        Raises:
-            RuntimeError: if the stream is a generator, which no graph can hold.
-        """
+    def _times_seeded(self, x: Tensor) -> Tensor:
+        """The same mask that eager mode would draw, in a captured graph."""
         stream = self._stream
-        if stream.seed is None:
-            raise RuntimeError(
-                "a layer with generator= cannot be compiled; give it a seed= instead"
-            )
         rate = self._scheduled
         if rate is None:
             rate = torch.full((), self._p, dtype=torch.float64)
