@@ -117,8 +117,9 @@ class MaskedLayer(_DropoutNd):
         rate = self._scheduled
         if rate is None:
             rate = torch.full((), self._p, dtype=torch.float64)
-        calls = stream.calls.clone()
-        stream.calls.add_(1)
+        calls = stream.calls
+        # A new tensor: a recomputing backward pass reads the old one again.
+        stream.calls = calls + 1
         mask = seeded_mask(self._outline, rate, calls, stream.key(), check_input(x))
         return x.mul_(mask) if self.inplace else (x * mask).to(x.dtype)
 
