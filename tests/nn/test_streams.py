@@ -1,5 +1,4 @@
 import copy
-import itertools
 import subprocess
 import sys
 from pathlib import Path

@@ -34,6 +34,9 @@ class DropConnect(MaskedLayer):
         super().__init__(Weight, p, generator=generator, seed=seed, same_on_ranks=same_on_ranks)
         self.per_example = per_example
         self.taken_from: Callable[[Tensor, Law], Mask] | None = None
+        # While its module runs, the weight keeps one mask, however often it is read.
+        self.running = False
+        self.masked: Tensor | None = None
 
     @property
     def law(self) -> None:
@@ -49,7 +52,12 @@ class DropConnect(MaskedLayer):
         """The weight times one mask; itself in eval, or where each example draws its own."""
         if self.per_example or not self.training:
             return weight
-        return self.mask(weight.unsqueeze(0)).squeeze(0)
+        if self.masked is not None:
+            return self.masked
+        masked = self.mask(weight.unsqueeze(0)).squeeze(0)
+        if self.running:
+            self.masked = masked
+        return masked
 
     def mask(self, weights: Tensor) -> Tensor:
         """Weights (masks, *weight), each times its own mask."""
@@ -123,9 +131,9 @@ def drop_connect(
     if not parametrized:
         module.register_state_dict_post_hook(partial(_save_plainly, name))
         module.register_load_state_dict_pre_hook(partial(_load_plainly, name))
-    if isinstance(module, nn.RNNBase):
-        module.register_forward_pre_hook(_refresh_flat_weights)
-        module.register_forward_hook(_restore_flat_weights, always_call=True)
+    if _begin not in module._forward_pre_hooks.values():
+        module.register_forward_pre_hook(_begin)
+        module.register_forward_hook(_end, always_call=True)
     if per_example:
         module.forward = types.MethodType(_linear_per_example, module)
     return module
@@ -147,19 +155,17 @@ def remove_drop_connect(module: nn.Module, name: str = "weight") -> nn.Module:
             "none; use torch.nn.utils.parametrize.remove_parametrizations"
         )
     parametrize.remove_parametrizations(module, name, leave_parametrized=False)
-    for hooks in (
-        module._state_dict_hooks,
-        module._load_state_dict_pre_hooks,
-        module._forward_pre_hooks,
-        module._forward_hooks,
-    ):
-        for key, hook in list(hooks.items()):
-            if _is_ours(hook, name) and not (
-                isinstance(module, nn.RNNBase)
-                and parametrize.is_parametrized(module)
-                and hook in {_refresh_flat_weights, _restore_flat_weights}
-            ):
-                del hooks[key]
+
+    def keeps_keys(hook: Any) -> bool:
+        ours = isinstance(hook, partial) and hook.func in {_save_plainly, _load_plainly}
+        return ours and hook.args == (name,)
+
+    _remove(module._state_dict_hooks, keeps_keys)
+    _remove(module._load_state_dict_pre_hooks, keeps_keys)
+    if not any(_drop_connects(module, other) for other in _parametrized(module)):
+        _remove(module._forward_pre_hooks, lambda hook: hook is _begin)
+        for key in _remove(module._forward_hooks, lambda hook: hook is _end):
+            module._forward_hooks_always_called.pop(key, None)
     if found[0].per_example:
         del vars(module)["forward"]
     return module
@@ -175,11 +181,17 @@ def _drop_connects(module: nn.Module, name: str) -> list[DropConnect]:
     return [p for p in _list(module, name) if isinstance(p, DropConnect)]
 
 
-def _is_ours(hook: Any, name: str) -> bool:
-    inner = getattr(hook, "hook", hook)  # torch wraps load hooks
-    if isinstance(inner, partial):
-        return inner.func in {_save_plainly, _load_plainly} and inner.args == (name,)
-    return inner in {_refresh_flat_weights, _restore_flat_weights}
+def _parametrized(module: nn.Module) -> list[str]:
+    listed = getattr(module, "parametrizations", None)
+    return list(listed) if isinstance(listed, nn.ModuleDict) else []
+
+
+def _remove(hooks: dict[int, Any], ours: Callable[[Any], bool]) -> list[int]:
+    # torch wraps some hooks in an object that holds them.
+    keys = [key for key, hook in hooks.items() if ours(getattr(hook, "hook", hook))]
+    for key in keys:
+        del hooks[key]
+    return keys
 
 
 def _keys(module: nn.Module, name: str, prefix: str) -> tuple[str, str] | None:
@@ -204,14 +216,21 @@ def _load_plainly(
         state[keys[1]] = state.pop(keys[0])
 
 
-# A recurrent module hands its kernels a list of weights made when it was built.
-def _refresh_flat_weights(module: nn.RNNBase, _: Any) -> None:
-    with parametrize.cached():
+def _begin(module: nn.Module, _: Any) -> None:
+    for name in _parametrized(module):
+        for coins in _drop_connects(module, name):
+            coins.running, coins.masked = True, None
+    if isinstance(module, nn.RNNBase):
+        # It hands its kernels a list of weights that was made when it was built.
         module._flat_weights = [getattr(module, name) for name in module._flat_weights_names]
 
 
-def _restore_flat_weights(module: nn.RNNBase, *_: Any) -> None:
-    module._flat_weights = [_original(module, name) for name in module._flat_weights_names]
+def _end(module: nn.Module, *_: Any) -> None:
+    for name in _parametrized(module):
+        for coins in _drop_connects(module, name):
+            coins.running, coins.masked = False, None
+    if isinstance(module, nn.RNNBase):
+        module._flat_weights = [_original(module, name) for name in module._flat_weights_names]
 
 
 def _original(module: nn.Module, name: str) -> Tensor:
