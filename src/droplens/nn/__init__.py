@@ -5,6 +5,7 @@ Every layer is the exact identity in eval mode, has an empty state_dict, takes `
 """
 
 from droplens.nn import functional
+from droplens.nn._base import MaskedLayer
 from droplens.nn._connect import DropConnect, drop_connect, remove_drop_connect
 from droplens.nn._convert import convert, revert
 from droplens.nn._hold import Masks, hold, replay
@@ -20,7 +21,6 @@ from droplens.nn._layers import (
     GaussianDropout,
     GroupedDropout,
     Masked,
-    MaskedLayer,
 )
 from droplens.nn._schedule import RateSchedule
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from droplens.masks import Law, Mask, Weight
-from droplens.nn._layers import MaskedLayer
+from droplens.nn._base import MaskedLayer
 
 
 @final

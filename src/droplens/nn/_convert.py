@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from droplens.nn._base import MaskedLayer
 from droplens.nn._layers import (
     DropBlock2d,
     DropBlock3d,
@@ -14,7 +15,6 @@ from droplens.nn._layers import (
     Dropout2d,
     Dropout3d,
     DropPath,
-    MaskedLayer,
 )
 
 # What a module carries beside its own settings; shared, so that handles still remove their hooks.

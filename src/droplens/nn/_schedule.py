@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from droplens.masks._law import check_rate
-from droplens.nn._layers import MaskedLayer
+from droplens.nn._base import MaskedLayer
 
 # Share of the final rate at progress t in [0, 1] of the schedule's steps.
 SHAPES: Final[Mapping[str, Callable[[float], float]]] = {
