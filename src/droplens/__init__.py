@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from droplens import data as data
     from droplens import masks as masks
     from droplens import measure as measure
+    from droplens import nn as nn
     from droplens import training as training
     from droplens.discovery import Site as Site
     from droplens.discovery import register_site as register_site
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_ROOMS = ("data", "masks", "measure", "training")
+_ROOMS = ("data", "masks", "measure", "nn", "training")
+
 
 _HOMES = {
     "Estimate": "estimates",

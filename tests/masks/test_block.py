@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from droplens.estimates import z_bound
 from droplens.masks import Block, Law
 from droplens.masks._block_draws import draw_dense, draw_sparse
-from droplens.masks._draws import sample_options
 from droplens.masks._grid import cover, log_keep
+from droplens.masks._law import sample_options
 from tests import reference_masks as reference
 from tests.masks.conformance import FALSE_ALARM, Case, LawConformance, assert_within
 

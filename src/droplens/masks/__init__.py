@@ -6,7 +6,11 @@ covariance C̄). Laws are immutable; `p` is always the drop probability.
 
 from droplens.masks._block import Block, BlockCovariance
 from droplens.masks._coins import Bernoulli, Channel, Gaussian, GroupCovariance, Grouped, Path
+from droplens.masks._custom import Custom, DenseCovariance
 from droplens.masks._law import Covariance, Law, relative_variance
+from droplens.masks._mask import Mask
+from droplens.masks._report import RateReport, rate_report
+from droplens.masks._weight import Weight
 
 __all__ = [
     "Bernoulli",
@@ -14,10 +18,16 @@ __all__ = [
     "BlockCovariance",
     "Channel",
     "Covariance",
+    "Custom",
+    "DenseCovariance",
     "Gaussian",
     "GroupCovariance",
     "Grouped",
     "Law",
+    "Mask",
     "Path",
+    "RateReport",
+    "Weight",
+    "rate_report",
     "relative_variance",
 ]

@@ -2,19 +2,24 @@
 
 import itertools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
-from droplens.masks._block_draws import draw_dense, draw_sparse, sparse_pays
-from droplens.masks._draws import SampleOptions, sample_options
+from droplens.masks._block_draws import (
+    draw_dense,
+    draw_sparse,
+    exponent,
+    inverse_mean,
+    sparse_pays,
+)
 from droplens.masks._grid import axis_overlap, block_sizes, cover, log_keep
 from droplens.masks._law import (
     Covariance,
     Law,
+    SampleOptions,
     Units,
     check_rate,
     check_size,
@@ -23,6 +28,7 @@ from droplens.masks._law import (
     moments_options,
     relative_variance,
 )
+from droplens.masks._mask import Mask, precise
 
 
 @final
@@ -195,47 +201,27 @@ class Block(Law):
         """γ, the rate at which admissible positions start a block."""
         return -math.expm1(-log_keep(self.p, self.grid(units), self.size))
 
-    def sample(
-        self,
-        shape: Sequence[int],
-        generator: torch.Generator | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        seed: int | None = None,
-    ) -> Tensor:
-        """Draw z/μ of shape (batch, *units): mean one at every unit, examples independent.
-
-        Args:
-            shape: (batch, *units).
-            generator: where to draw from; torch's global stream without it and without `seed`.
-            device: of the mask; the generator's if one is given.
-            dtype: floating point; torch's default dtype if not given.
-            seed: in place of a generator.
-
-        Returns:
-            The mask, 0 or 1/μ_a; zeros at p = 1.
-
-        Raises:
-            TypeError: if an argument is of the wrong type, or `dtype` is not floating point.
-            ValueError: if `shape` has no batch axis or does not fit the law, or both `generator`
-                and `seed` are given.
-        """
-        options = sample_options(shape, generator, seed, device, dtype)
-        grid = self.grid(options.lengths[1:])
-        if self.p == 1:
-            return torch.zeros(options.lengths, device=options.device, dtype=options.dtype)
-        u = log_keep(self.p, grid, self.size)
-        template = self._inverse_mean(u, grid, options)
-        own = options if not self.shared else options._replace(lengths=(options.lengths[0], *grid))
-        if sparse_pays(own, u, grid, self.size):
-            mask = draw_sparse(template, own, u, self.size)
+    def draw(self, options: SampleOptions, rate: Tensor | None = None) -> Mask:
+        """Blocks one by one where that pays, else a coin per admissible start; zeros at p = 1."""
+        batch, *units = options.lengths
+        grid = self.grid(tuple(units))
+        ones = (1,) * (len(units) - len(grid))
+        lead = ones if self.shared else tuple(units[: len(ones)])
+        options = options._replace(lengths=(batch, *lead, *grid), dtype=precise(options.dtype))
+        if rate is None and torch.compiler.is_compiling():
+            # Map sizes may be symbolic in a graph; the root search wants numbers.
+            rate = torch.full((), self.p, dtype=torch.float64)
+        if rate is not None:
+            u: Tensor | float = exponent(rate, grid, self.size)
+        elif self.p == 1:
+            return Mask(torch.zeros(options.lengths, device=options.device, dtype=options.dtype))
         else:
-            mask = template * draw_dense(own, -math.expm1(-u), grid, self.size)
-        if self.shared:
-            ones = (1,) * (len(options.lengths) - 1 - len(grid))
-            mask = mask.reshape(options.lengths[0], *ones, *grid).expand(options.lengths)
-        return mask
+            u = log_keep(self.p, grid, self.size)
+        template = inverse_mean(u, grid, self.size, options)
+        if isinstance(u, float) and sparse_pays(options, u, grid, self.size):
+            return Mask(draw_sparse(template, options, u, self.size))
+        gamma = -torch.expm1(-u) if isinstance(u, Tensor) else -math.expm1(-u)
+        return Mask(draw_dense(options, gamma, grid, self.size), template)
 
     def mean(
         self,
@@ -268,10 +254,3 @@ class Block(Law):
         relative_variance(self.p)  # refuses p = 1
         u = log_keep(self.p, grid, self.size)
         return BlockCovariance(u, lengths, grid, self.size, self.shared, where, kind)
-
-    def _inverse_mean(self, u: float, grid: tuple[int, ...], options: SampleOptions) -> Tensor:
-        """1/μ_a over the grid, capped where no draw would ever be kept."""
-        inverse = torch.exp(u * cover(grid, self.size).to(torch.float64))
-        # 0 · inf would be NaN at a dropped position.
-        limit = torch.finfo(options.dtype).max
-        return inverse.clamp(max=limit).to(device=options.device, dtype=options.dtype)

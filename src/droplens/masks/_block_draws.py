@@ -5,13 +5,43 @@ import math
 import torch
 from torch import Tensor
 
-from droplens.masks._draws import SampleOptions, coins, eager
-from droplens.masks._grid import block_sizes, n_starts
+from droplens.masks._draws import coins, eager
+from droplens.masks._grid import block_sizes, cover, log_keep, n_starts
+from droplens.masks._law import SampleOptions
 
 # Starts drawn at a time: bounds the memory of the sparse path whatever the mask's size.
 _CHUNK = 1 << 14
 # Above this share of positions touched by some block, writing blocks one by one loses.
 _SPARSE_LIMIT = 0.7
+
+
+@torch.library.custom_op("droplens::block_exponent", mutates_args=())
+def _block_exponent(rate: Tensor, grid: list[int], size: int) -> Tensor:
+    """U = −log q for a rate that graph capture must not bake in; the root search stays opaque."""
+    return torch.tensor(log_keep(float(rate), tuple(grid), size), dtype=torch.float64)
+
+
+@_block_exponent.register_fake
+def _(rate: Tensor, grid: list[int], size: int) -> Tensor:
+    return torch.empty((), dtype=torch.float64)
+
+
+def exponent(rate: Tensor, grid: tuple[int, ...], size: int) -> Tensor:
+    """U = −log q as a scalar float64 tensor on the CPU."""
+    u: Tensor = _block_exponent(rate, list(grid), size)
+    return u
+
+
+def inverse_mean(
+    u: float | Tensor, grid: tuple[int, ...], size: int, options: SampleOptions
+) -> Tensor:
+    """1/μ_a = q^{−c_a} over the grid; 0 at p = 1, and capped where no draw is ever kept."""
+    counts = cover(grid, size).to(device=options.device, dtype=torch.float64)
+    inverse = torch.exp(u * counts)
+    if isinstance(u, Tensor):
+        inverse = torch.where(torch.isfinite(u), inverse, 0.0)
+    # 0 · inf would be NaN at a dropped position.
+    return inverse.clamp(max=torch.finfo(options.dtype).max).to(options.dtype)
 
 
 def sparse_pays(options: SampleOptions, u: float, grid: tuple[int, ...], size: int) -> bool:

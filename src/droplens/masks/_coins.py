@@ -6,17 +6,17 @@ example (`Path`). One number, the length of the run, tells the laws apart.
 """
 
 from abc import abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
 import torch
 from torch import Tensor
 
-from droplens.masks._draws import coins, normals, sample_options
+from droplens.masks._draws import coins, eager, normals
 from droplens.masks._law import (
     Covariance,
     Law,
+    SampleOptions,
     Units,
     check_rate,
     check_size,
@@ -25,6 +25,7 @@ from droplens.masks._law import (
     moments_options,
     relative_variance,
 )
+from droplens.masks._mask import Mask, precise
 
 
 @final
@@ -66,6 +67,18 @@ class GroupCovariance(Covariance):
         return self.variance * (folded @ folded.mT)
 
 
+def _spread(drawn: Tensor, shape: tuple[int, ...], size: int) -> Tensor:
+    """From (batch, runs) to something that broadcasts to `shape`, written out only if it must."""
+    if not drawn.numel():
+        return drawn.new_empty(shape)
+    inside = 1
+    for axis in range(len(shape), 0, -1):
+        if inside == size:
+            return drawn.reshape(shape[:axis] + (1,) * (len(shape) - axis))
+        inside *= shape[axis - 1]
+    return drawn.unsqueeze(-1).expand(*drawn.shape, size).reshape(shape)
+
+
 @dataclass(frozen=True)
 class CoinLaw(Law):
     """A law with one draw per run of consecutive units; `p` is the drop probability."""
@@ -80,54 +93,24 @@ class CoinLaw(Law):
         """How many consecutive units, in C order, share a draw."""
 
     @abstractmethod
-    def draw(
-        self,
-        shape: tuple[int, ...],
-        generator: torch.Generator | None,
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        """Independent draws of z/μ, one per run."""
+    def draw_runs(self, options: SampleOptions, rate: float | Tensor) -> Mask:
+        """Independent draws, one per run: `options.lengths` is (batch, runs)."""
 
     @abstractmethod
     def keep_mean(self) -> float:
         """μ, the same at every unit."""
 
-    def sample(
-        self,
-        shape: Sequence[int],
-        generator: torch.Generator | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        seed: int | None = None,
-    ) -> Tensor:
-        """Draw z/μ of shape (batch, *units): mean one at every unit, examples independent.
-
-        Args:
-            shape: (batch, *units).
-            generator: where to draw from; torch's global stream without it and without `seed`.
-            device: of the mask; the generator's if one is given.
-            dtype: floating point; torch's default dtype if not given.
-            seed: in place of a generator.
-
-        Returns:
-            The mask, 0 or 1/(1 − p) for coins; zeros at p = 1.
-
-        Raises:
-            TypeError: if an argument is of the wrong type, or `dtype` is not floating point.
-            ValueError: if `shape` has no batch axis or does not fit the law, or both `generator`
-                and `seed` are given.
-        """
-        lengths, source, where, kind = sample_options(shape, generator, seed, device, dtype)
-        batch, units = lengths[0], lengths[1:]
-        size = self.run_length(units)
-        if self.p == 1:
-            return torch.zeros(lengths, device=where, dtype=kind)
-        runs = (batch, count(units) // size if size else 0)
-        drawn = self.draw(runs, source, where, kind)
-        spread = drawn if size == 1 else drawn.unsqueeze(-1).expand(*runs, size)
-        return spread.reshape(lengths)
+    def draw(self, options: SampleOptions, rate: Tensor | None = None) -> Mask:
+        """One draw per run, broadcast over the units of the run; zeros at p = 1."""
+        batch, *units = options.lengths
+        size = self.run_length(tuple(units))
+        runs = (batch, count(tuple(units)) // size if size else 0)
+        options = options._replace(lengths=runs)
+        if rate is None and self.p == 1:
+            mask = Mask(torch.zeros(runs, device=options.device, dtype=options.dtype))
+        else:
+            mask = self.draw_runs(options, self.p if rate is None else rate)
+        return Mask(_spread(mask.drawn, (batch, *units), size), mask.inverse_mean)
 
     def mean(
         self,
@@ -163,19 +146,17 @@ class CoinLaw(Law):
 
 
 @dataclass(frozen=True)
-class _BernoulliCoins(CoinLaw):
+class BernoulliCoins(CoinLaw):
     """Coins that fall 0 with probability p."""
 
-    def draw(
-        self,
-        shape: tuple[int, ...],
-        generator: torch.Generator | None,
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        """Coins over their mean 1 − p."""
-        keep = 1 - self.p
-        return coins(shape, keep, generator, device, dtype) / keep
+    def draw_runs(self, options: SampleOptions, rate: float | Tensor) -> Mask:
+        """Coins, and 1/(1 − p)."""
+        drawn = coins(options.lengths, 1 - rate, options.source, options.device, options.dtype)
+        if isinstance(rate, Tensor):
+            return Mask(drawn, torch.where(rate < 1, 1 / (1 - rate), 0.0))
+        if options.dtype == precise(options.dtype) and eager():
+            return Mask(drawn.mul_(1 / (1 - rate)))
+        return Mask(drawn, 1 / (1 - rate))
 
     def keep_mean(self) -> float:
         """1 − p."""
@@ -184,7 +165,7 @@ class _BernoulliCoins(CoinLaw):
 
 @final
 @dataclass(frozen=True)
-class Bernoulli(_BernoulliCoins):
+class Bernoulli(BernoulliCoins):
     """Independent coins, one a unit: `torch.nn.Dropout`. μ = 1 − p, C̄ = λ I (theory §1).
 
     >>> law = Bernoulli(0.5)
@@ -221,16 +202,14 @@ class Gaussian(CoinLaw):
         """Every unit draws its own noise."""
         return 1
 
-    def draw(
-        self,
-        shape: tuple[int, ...],
-        generator: torch.Generator | None,
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> Tensor:
+    def draw_runs(self, options: SampleOptions, rate: float | Tensor) -> Mask:
         """1 + √λ ε."""
-        noise: Tensor = relative_variance(self.p) ** 0.5 * normals(shape, generator, device, dtype)
-        return 1 + noise
+        kind = precise(options.dtype)
+        noise = normals(options.lengths, options.source, options.device, kind)
+        if isinstance(rate, Tensor):
+            deviation = torch.where(rate < 1, rate / (1 - rate), 0.0).sqrt()
+            return Mask(torch.where(rate < 1, 1 + deviation * noise, 0.0))
+        return Mask(1 + relative_variance(rate) ** 0.5 * noise)
 
     def keep_mean(self) -> float:
         """1."""
@@ -239,7 +218,7 @@ class Gaussian(CoinLaw):
 
 @final
 @dataclass(frozen=True)
-class Grouped(_BernoulliCoins):
+class Grouped(BernoulliCoins):
     """One coin per run of `size` consecutive units of the last axis (P4's DropBlock).
 
     C̄ = λ · 1[a, b in one run]. `size` has to divide the last axis.
@@ -279,7 +258,7 @@ class Grouped(_BernoulliCoins):
 
 @final
 @dataclass(frozen=True)
-class Channel(_BernoulliCoins):
+class Channel(BernoulliCoins):
     """One coin per index of the first unit axis: `Dropout1d/2d/3d`. C̄ = λ within a channel.
 
     >>> Channel(0.5).covariance((2, 3)).quadratic(torch.ones(2, 3)).item()
@@ -303,7 +282,7 @@ class Channel(_BernoulliCoins):
 
 @final
 @dataclass(frozen=True)
-class Path(_BernoulliCoins):
+class Path(BernoulliCoins):
     """One coin per example: stochastic depth. C̄ = λ everywhere.
 
     Raises:

@@ -13,7 +13,8 @@ _MAX_STEPS = 200
 
 def block_sizes(grid: tuple[int, ...], size: int) -> tuple[int, ...]:
     """The block on each axis: `size`, or the whole axis where that is shorter."""
-    return tuple(min(size, length) for length in grid)
+    # A comparison, not min(): with symbolic lengths it leaves plain differences behind.
+    return tuple(size if length >= size else length for length in grid)
 
 
 def n_starts(grid: tuple[int, ...], size: int) -> tuple[int, ...]:
@@ -26,12 +27,14 @@ def n_starts(grid: tuple[int, ...], size: int) -> tuple[int, ...]:
 
 def axis_cover(length: int, size: int) -> Tensor:
     """c_a on one axis: starts whose block covers position a, int64 (length,) (theory §1)."""
-    return axis_overlap(length, size).diagonal()
+    s = size if length >= size else length
+    a = torch.arange(length)
+    return a.clamp(max=length - s) - (a - s + 1).clamp(min=0) + 1
 
 
 def axis_overlap(length: int, size: int) -> Tensor:
     """c_ab on one axis: starts whose block covers both a and b, int64 (length, length)."""
-    s = min(size, length)
+    s = size if length >= size else length
     a = torch.arange(length)
     low, high = torch.minimum(a[:, None], a), torch.maximum(a[:, None], a)
     last = low.clamp(max=length - s)
@@ -52,7 +55,9 @@ def _cover_counts(grid: tuple[int, ...], size: int) -> Counter[int]:
     """How many positions have each value of c_a."""
     counts = Counter({1: 1})
     for length in grid:
-        axis = Counter(axis_cover(length, size).tolist())
+        s = min(size, length)
+        # Plain Python: a graph being captured has no numbers in its tensors.
+        axis = Counter(min(a, length - s) - max(0, a - s + 1) + 1 for a in range(length))
         merged: Counter[int] = Counter()
         for c, n in counts.items():
             for d, m in axis.items():
@@ -69,7 +74,7 @@ def log_keep(p: float, grid: tuple[int, ...], size: int) -> float:
     log mean_a exp(−u c_a), convex and falling, climbs to the root from u = 0 without overshooting.
 
     Returns:
-        u ≥ 0; infinity at p = 1, and at p > 0 on a grid without positions 0.
+        u ≥ 0; infinity at p = 1, and 0 on a grid without positions.
     """
     if p == 1:
         return math.inf

@@ -4,9 +4,13 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from numbers import Real
+from typing import NamedTuple, final
 
 import torch
 from torch import Tensor
+
+from droplens.masks._mask import Mask
+from droplens.randomness import check_seed
 
 Units = Sequence[int] | int
 
@@ -128,22 +132,60 @@ class Covariance(ABC):
         return scores
 
 
+class SampleOptions(NamedTuple):
+    """What a law needs to draw: the mask's shape, its source of randomness, device and dtype."""
+
+    lengths: tuple[int, ...]  # (batch, *units)
+    source: torch.Generator | None  # None: torch's global stream
+    device: torch.device
+    dtype: torch.dtype
+
+
+def sample_options(
+    shape: Units,
+    generator: torch.Generator | None,
+    seed: int | None,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+) -> SampleOptions:
+    """Check and complete the arguments of `sample`.
+
+    Raises:
+        TypeError: if an argument is of the wrong type, or `dtype` is not floating point.
+        ValueError: if `shape` has no batch axis, `generator` and `seed` are both given, or the
+            seed is out of range.
+    """
+    lengths = check_units(shape)
+    if not lengths:
+        raise ValueError("shape has to be (batch, *units), but got ()")
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(
+            f"generator has to be a torch.Generator, but got {type(generator).__name__}"
+        )
+    if generator is not None and seed is not None:
+        raise ValueError("give generator= or seed=, not both")
+    if device is not None:
+        where = torch.device(device)
+    else:
+        where = generator.device if generator is not None else torch.get_default_device()
+    kind = floating(dtype)
+    if seed is not None and check_seed(seed) is not None and where.type != "meta":
+        generator = torch.Generator(device=where).manual_seed(seed)
+    return SampleOptions(lengths, generator, where, kind)
+
+
 class Law(ABC):
-    """A law for dropping units, immutable. `sample` gives z/μ, `mean` μ, `covariance` C̄."""
+    """A law for dropping units, immutable. `sample` gives z/μ, `mean` μ, `covariance` C̄.
+
+    A new law writes `draw`, `mean` and `covariance`; the rest is derived.
+    """
 
     @abstractmethod
-    def sample(
-        self,
-        shape: Sequence[int],
-        generator: torch.Generator | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        seed: int | None = None,
-    ) -> Tensor:
-        """Draw z/μ of shape (batch, *units): mean one at every unit, examples independent.
+    def draw(self, options: SampleOptions, rate: Tensor | None = None) -> Mask:
+        """Draw one mask for the checked `options`.
 
-        Without `generator` and `seed`, draws from torch's global stream. At p = 1: zeros.
+        `rate` is a scalar tensor that stands in for p, so that graph capture does not bake p in;
+        a law without a rate refuses it.
         """
 
     @abstractmethod
@@ -164,7 +206,41 @@ class Law(ABC):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> Covariance:
-        """C̄ over one example's `units`; float64 on the CPU unless told otherwise."""
+        """C̄ over one example's `units`; float64 on the CPU unless told otherwise.
+
+        Raises:
+            ValueError: if p = 1, or `units` does not fit the law.
+        """
+
+    @final
+    def sample(
+        self,
+        shape: Units,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        seed: int | None = None,
+    ) -> Tensor:
+        """Draw z/μ of shape (batch, *units): mean one at every unit, examples independent.
+
+        Args:
+            shape: (batch, *units).
+            generator: where to draw from; torch's global stream without it and without `seed`.
+            device: of the mask; the generator's if one is given.
+            dtype: floating point; torch's default dtype if not given.
+            seed: in place of a generator.
+
+        Returns:
+            The mask; zeros at p = 1.
+
+        Raises:
+            TypeError: if an argument is of the wrong type, or `dtype` is not floating point.
+            ValueError: if `shape` has no batch axis or does not fit the law, or both `generator`
+                and `seed` are given.
+        """
+        options = sample_options(shape, generator, seed, device, dtype)
+        return self.draw(options).ratio(options.lengths, options.dtype)
 
 
 def moments_options(
