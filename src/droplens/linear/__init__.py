@@ -1,0 +1,22 @@
+"""The closed world of one hidden linear layer, solved (theory §2)."""
+
+from droplens.linear._equalize import Factors, equalize, importance
+from droplens.linear._moments import Moments
+from droplens.linear._norms import k_support_norm, nuclear_norm, prox_k_support
+from droplens.linear._objective import drop_connect_objective, law_objective, objective
+from droplens.linear._solve import Solution, solve
+
+__all__ = [
+    "Factors",
+    "Moments",
+    "Solution",
+    "drop_connect_objective",
+    "equalize",
+    "importance",
+    "k_support_norm",
+    "law_objective",
+    "nuclear_norm",
+    "objective",
+    "prox_k_support",
+    "solve",
+]
