@@ -1,5 +1,6 @@
 """The closed world of one hidden linear layer, solved (theory §2)."""
 
+from droplens.linear._distributed import moments_from_ray
 from droplens.linear._equalize import Factors, equalize, importance
 from droplens.linear._moments import Moments
 from droplens.linear._norms import k_support_norm, nuclear_norm, prox_k_support
@@ -15,6 +16,7 @@ __all__ = [
     "importance",
     "k_support_norm",
     "law_objective",
+    "moments_from_ray",
     "nuclear_norm",
     "objective",
     "prox_k_support",

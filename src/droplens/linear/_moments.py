@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Final
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 _FORMAT: Final = 1
+_NAMES: Final = ("format", "count", "mean_x", "mean_y", "xx", "yx", "yy")
 
 
 class Moments:
@@ -192,13 +194,22 @@ class Moments:
             FileNotFoundError: if there is no such file.
             ValueError: if the file is not one, or of another format.
         """
+        if not os.path.exists(path):
+            raise FileNotFoundError(f"there is no file {os.fspath(path)}")
         try:
             with np.load(path, allow_pickle=False) as archive:
-                return cls.from_arrays(archive)
-        except FileNotFoundError:
-            raise
-        except (OSError, KeyError, EOFError, AttributeError, TypeError) as error:
+                arrays = {name: archive[name] for name in _NAMES}
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            IndexError,
+            EOFError,
+            TypeError,
+            BadZipFile,
+        ) as error:
             raise ValueError(f"{os.fspath(path)} is not a file of Moments: {error}") from error
+        return cls.from_arrays(arrays)
 
     def to_arrays(self) -> dict[str, NDArray[Any]]:
         """Everything held, as named arrays: to send or to store."""

@@ -117,11 +117,11 @@ def solve(
     below what this width can reach: `gap` says by how much at most, `attained` whether at all.
     Takes a truncated SVD with a certificate where the spectrum allows, a dense one otherwise.
 
-    >>> found = solve(np.eye(2), np.diag([3.0, 1.0]), p=0.5, width=2)
-    >>> (found.coefficients * 3).round(6).tolist()  # m − α, α = λρκ/(r + λρ) = 1 for both
-    [[6.0, 0.0], [0.0, 0.0]]
+    >>> found = solve(np.eye(2), np.diag([3.0, 2.0]), p=0.5, width=2)
+    >>> found.coefficients.round(6).tolist()  # m − λρκ/(r + λρ) = m − 1.25
+    [[1.75, 0.0], [0.0, 0.75]]
     >>> found.rank, found.attained
-    (1, True)
+    (2, True)
 
     Args:
         X: (n, d_in), any rank.
@@ -216,6 +216,8 @@ def shrink_values(values: Floats, r: int, b: int, beta: float) -> tuple[Floats, 
         return values, 0.0
     shrunken = np.zeros_like(values)
     shrunken[:r] = prox_k_support(values[:r], b, beta)
+    # A value at the level vanishes; what rounding leaves of it is no rank.
+    shrunken[shrunken <= 8 * np.finfo(np.float64).eps * values[0]] = 0
     return shrunken, water_level(values[:r], b, beta)
 
 

@@ -51,7 +51,8 @@ def _leading(T: Floats, width: int, k: int, beta: float) -> Triplets | None:
     if energy == 0:
         return None
     # A fixed start: the answer does not depend on it beyond rounding.
-    start = np.random.default_rng(20200619).standard_normal((T.shape[1], _BLOCK))
+    random = np.random.default_rng(20200619)
+    start = random.standard_normal((T.shape[1], _BLOCK))
     basis = np.empty((T.shape[0], 0))
     image = np.empty((0, T.shape[1]))  # KᵀT
     block = np.linalg.qr(T @ start)[0]
@@ -65,10 +66,19 @@ def _leading(T: Floats, width: int, k: int, beta: float) -> Triplets | None:
             found = _converged(T, basis, image, rank)
             if found is not None:
                 return found
-        block = T @ rows.T
-        for _ in range(2):
-            block = np.linalg.qr(block - basis @ (basis.T @ block))[0]
+        block = _next_block(T, basis, rows, random)
     return None
+
+
+def _next_block(T: Floats, basis: Floats, rows: Floats, random: np.random.Generator) -> Floats:
+    step = T @ rows.T
+    block = step - basis @ (basis.T @ step)
+    # A singular value repeated more often than a block is wide exhausts the Krylov space early.
+    if np.linalg.norm(block) < 1e-4 * np.linalg.norm(step):
+        block = T @ random.standard_normal((T.shape[1], _BLOCK))
+    for _ in range(2):
+        block = np.linalg.qr(block - basis @ (basis.T @ block))[0]
+    return block
 
 
 def _certified_rank(
