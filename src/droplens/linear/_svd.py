@@ -62,20 +62,30 @@ def _leading(T: Floats, width: int, k: int, beta: float) -> Triplets | None:
         values = np.sqrt(np.maximum(np.linalg.eigvalsh(image @ image.T)[::-1], 0))
         left_over = max(energy - float(values @ values), 0.0) + 1e-15 * energy
         rank = _certified_rank(values, left_over, width, k, beta)
-        if rank is not None:
-            found = _converged(T, basis, image, rank)
-            if found is not None:
-                return found
-        block = _next_block(T, basis, rows, random)
+        if rank is None:
+            block = _krylov_block(T, basis, rows, random)
+            continue
+        found, error = _ritz(T, basis, image, rank)
+        if np.linalg.norm(error) <= _ACCURACY * values[0]:
+            return found
+        # What is still missing from the triplets that matter.
+        left, sizes, _ = np.linalg.svd(error, full_matrices=False)
+        block = _beside(basis, left[:, sizes > 1e-6 * sizes[0]][:, :_BLOCK])
     return None
 
 
-def _next_block(T: Floats, basis: Floats, rows: Floats, random: np.random.Generator) -> Floats:
+def _krylov_block(T: Floats, basis: Floats, rows: Floats, random: np.random.Generator) -> Floats:
     step = T @ rows.T
     block = step - basis @ (basis.T @ step)
-    # A singular value repeated more often than a block is wide exhausts the Krylov space early.
+    # A singular value repeated more often than a block is wide exhausts the Krylov space early;
+    # fresh directions then find the rest.
     if np.linalg.norm(block) < 1e-4 * np.linalg.norm(step):
         block = T @ random.standard_normal((T.shape[1], _BLOCK))
+    return _beside(basis, block)
+
+
+def _beside(basis: Floats, block: Floats) -> Floats:
+    # Orthonormal columns, orthogonal to the basis; twice is enough.
     for _ in range(2):
         block = np.linalg.qr(block - basis @ (basis.T @ block))[0]
     return block
@@ -96,11 +106,11 @@ def _certified_rank(
     return rank
 
 
-def _converged(T: Floats, basis: Floats, image: Floats, rank: int) -> Triplets | None:
+def _ritz(T: Floats, basis: Floats, image: Floats, rank: int) -> tuple[Triplets, Floats]:
+    # The triplets of KKᵀT, and E V_ρ.
     left, values, right = np.linalg.svd(image, full_matrices=False)
     V = right.T
     error = T @ V[:, :rank]
-    error -= basis @ (basis.T @ error)
-    if np.linalg.norm(error) > _ACCURACY * values[0]:
-        return None
-    return Triplets(basis @ left, values, V, False)
+    for _ in range(2):
+        error -= basis @ (basis.T @ error)
+    return Triplets(basis @ left, values, V, False), error
