@@ -6,13 +6,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+
+from droplens.linear import k_support_norm, nuclear_norm, prox_k_support
 from tests.reference_linear import (
     k_support_norm_by_index,
     prox_by_bisection,
     prox_by_convex_solver,
 )
-
-from droplens.linear import k_support_norm, nuclear_norm, prox_k_support
 
 VECTORS = {
     "theory": [5, 3, 2.5, 2, 1, 0.5, 0.2],

@@ -5,15 +5,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+
+from droplens import masks
+from droplens.linear import drop_connect_objective, law_objective, objective
 from tests.reference_linear import (
     all_coins,
     drop_connect_by_enumeration,
     dropblock_masks,
     expected_loss_by_enumeration,
 )
-
-from droplens import masks
-from droplens.linear import drop_connect_objective, law_objective, objective
 
 
 def problem(seed=0, d_in=3, d_out=2, r=4, n=5):

@@ -5,10 +5,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.reference_linear import best_by_descent, loss, naive_minimum
 
 from droplens.linear import Moments, importance, objective, prox_k_support, solve
 from droplens.linear import _svd as svd_module
+from tests.reference_linear import best_by_descent, loss, naive_minimum
 
 
 def problem(n, d_in, d_out, rank=None, seed=0):
