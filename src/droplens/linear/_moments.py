@@ -1,7 +1,7 @@
 """Second moments of data of any size: one pass, mergeable, and all that a solution needs."""
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 from zipfile import BadZipFile
 
@@ -16,12 +16,15 @@ from droplens.linear._arrays import (
     check_finite,
     check_rows,
     check_shape,
+    check_width,
 )
 from droplens.linear._solve import Solution, solve_whitened
 from droplens.linear._whitening import Gram, chunks, whiten_gram
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+    from droplens.linear._path import Path
 
 _FORMAT: Final = 1
 _NAMES: Final = ("format", "count", "mean_x", "mean_y", "xx", "yx", "yy")
@@ -180,6 +183,27 @@ class Moments:
         """
         solution = solve_whitened(whiten_gram(self.gram(center)), p, width, block_size, adaptive)
         return solution.around(self.mean_x, self.mean_y) if center else solution
+
+    def path(
+        self,
+        width: int,
+        rates: Sequence[float] | None = None,
+        block_size: int = 1,
+        adaptive: bool = False,
+        center: bool = False,
+    ) -> "Path":
+        """The solutions over a grid of rates for these moments: `path`, without the data.
+
+        Around the means if `center`; its solutions then still carry no intercept.
+
+        Raises:
+            TypeError: if an argument is of the wrong type.
+            ValueError: as `solve`, or if there are no rates.
+        """
+        from droplens.linear._path import check_rates, path_of
+
+        r, b = check_width(width, block_size)
+        return path_of(whiten_gram(self.gram(center)), r, check_rates(rates), b, adaptive)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write to a NumPy archive at exactly `path`."""

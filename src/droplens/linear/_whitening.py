@@ -72,10 +72,16 @@ def whiten_data(X: ArrayLike, Y: ArrayLike) -> Whitened:
     return _by_svd(inputs.astype(np.float64), targets.astype(np.float64, copy=False))
 
 
-def whiten_gram(gram: Gram) -> Whitened:
-    """Whiten from second moments alone, with the rank judged by the eigenvalues of scaled C."""
+def whiten_gram(gram: Gram, data: Callable[[], tuple[Floats, Floats]] | None = None) -> Whitened:
+    """Whiten from second moments.
+
+    Where C is ill-conditioned, from the data they were taken of, if they can still be had (arrays
+    that may be overwritten); else with the rank judged by the eigenvalues of the scaled C.
+    """
     found = _by_cholesky(gram, _WELL_CONDITIONED)
-    return _by_eigenvalues(gram) if found is None else found
+    if found is not None:
+        return found
+    return _by_eigenvalues(gram) if data is None else _by_svd(*data())
 
 
 def chunks(rows: int, columns: int) -> list[slice]:
