@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_ROOMS = ("data", "masks", "measure", "training")
+_ROOMS = ("data", "linear", "masks", "measure", "training")
 
 _HOMES = {
     "Estimate": "estimates",

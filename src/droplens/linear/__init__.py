@@ -17,7 +17,14 @@ from droplens.linear._moments import Moments
 from droplens.linear._norms import k_support_norm, nuclear_norm, prox_k_support
 from droplens.linear._objective import drop_connect_objective, law_objective, objective
 from droplens.linear._path import CrossValidation, Path, cross_validate, path
+from droplens.linear._schemes import Deterministic, DropBlock, DropConnect, Dropout, Scheme
 from droplens.linear._solve import Solution, solve
+from droplens.linear._training import (
+    LinearTraining,
+    expected_objective,
+    initial_factors,
+    train_linear,
+)
 
 if TYPE_CHECKING:
     from droplens.linear._estimators import DropoutAutoencoder as DropoutAutoencoder
@@ -30,19 +37,27 @@ _ESTIMATORS = ("DropoutAutoencoder", "DropoutRegression", "DropoutRegressionCV")
 __all__ = [
     "CriticalPoint",
     "CrossValidation",
+    "Deterministic",
+    "DropBlock",
+    "DropConnect",
+    "Dropout",
     "DropoutAutoencoder",
     "DropoutRegression",
     "DropoutRegressionCV",
     "Factors",
+    "LinearTraining",
     "Moments",
     "Path",
+    "Scheme",
     "Solution",
     "classify",
     "critical_points",
     "cross_validate",
     "drop_connect_objective",
     "equalize",
+    "expected_objective",
     "importance",
+    "initial_factors",
     "k_support_norm",
     "landscape_gradient",
     "landscape_hessian_product",
@@ -55,6 +70,7 @@ __all__ = [
     "prox_k_support",
     "rebalance",
     "solve",
+    "train_linear",
 ]
 
 
