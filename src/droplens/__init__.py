@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from droplens import data as data
+    from droplens import linear as linear
     from droplens import masks as masks
     from droplens import measure as measure
     from droplens import nn as nn
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_ROOMS = ("data", "masks", "measure", "nn", "training")
+_ROOMS = ("data", "linear", "masks", "measure", "nn", "training")
 
 
 _HOMES = {
