@@ -35,13 +35,13 @@ def test_bars_draw_every_value_and_only_known_errors():
     assert len(figure.data.rows) == 4
 
 
-def test_error_bars_span_the_95_percent_interval():
+def test_error_bars_span_the_95_percent_t_interval():
     figure = report.bars(
         {"a": {"g": Estimate(1.0, 0.1, 10)}}, title="t", quantity="q (u)", rows="r"
     )
     ((record,),) = figure.chart["datasets"].values()
-    assert record["low"] == pytest.approx(1 - 1.959964 * 0.1)
-    assert record["high"] == pytest.approx(1 + 1.959964 * 0.1)
+    assert record["low"] == pytest.approx(1 - 2.262157 * 0.1)
+    assert record["high"] == pytest.approx(1 + 2.262157 * 0.1)
 
 
 def test_dots_use_the_t_interval_of_few_runs():

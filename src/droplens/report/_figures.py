@@ -10,8 +10,8 @@ from typing import Any
 
 from droplens.estimates import Estimate, mean_estimate
 from droplens.report._document import Column, Figure, Table
+from droplens.report._intervals import interval
 
-LEVEL = 0.95
 _MOST_POINTS = 200
 _SERIES = tuple(f"var(--series-{k})" for k in range(1, 7))
 
@@ -160,7 +160,7 @@ def dots(
     ]
     means = {group: mean_estimate(list(runs), over="seeds") for group, runs in values.items()}
     summary: list[dict[str, Any]] = [
-        {"row": group, "group": group, **_with_t_interval(mean)} for group, mean in means.items()
+        {"row": group, "group": group, **_with_interval(mean)} for group, mean in means.items()
     ]
     axis = _row_axis(alt, names)
     middle = alt.Chart(alt.InlineData(values=summary)).encode(y=axis)
@@ -281,20 +281,7 @@ def spectra(
 
 
 def _with_interval(estimate: Estimate) -> dict[str, Any]:
-    low, high = estimate.interval(LEVEL)
-    return _record(estimate, low, high)
-
-
-def _with_t_interval(estimate: Estimate) -> dict[str, Any]:
-    if estimate.n < 2:
-        return _record(estimate, math.nan, math.nan)
-    from scipy.special import stdtrit
-
-    reach = float(stdtrit(estimate.n - 1, (1 + LEVEL) / 2)) * estimate.standard_error
-    return _record(estimate, estimate.value - reach, estimate.value + reach)
-
-
-def _record(estimate: Estimate, low: float, high: float) -> dict[str, Any]:
+    low, high = interval(estimate)
     numbers = {
         "value": estimate.value,
         "low": low,

@@ -11,6 +11,7 @@ from droplens.inspection import Comparison, Cost, HeldOut, Inspection, SiteCost
 from droplens.measure import Equalization, Flatness
 from droplens.report._document import Column, Document, Figure, NotMeasured, Section, Table
 from droplens.report._figures import Curve, bars, dots, lines, spectra, split
+from droplens.report._intervals import interval
 
 _COST_TEXT = (
     "Under dropout the mean loss is the loss without it plus the gap. The gap is spread + shift: "
@@ -406,7 +407,7 @@ def _flatness_figure(
             points = [mean_estimate([e.value for e in column], "networks") for column in columns]
         else:
             points = [column[0] for column in columns]
-        bands = [point.interval() for point in points]
+        bands = [interval(point) for point in points]
         curves[name] = Curve(
             list(found[0].radii),
             [point.value for point in points],
