@@ -16,15 +16,15 @@ class TestEstimate:
     @pytest.mark.parametrize(
         ("value", "error", "text"),
         [
-            (0.27904, 0.00159, "0.279 ± 0.0016"),
-            (12345.6, 250.0, "12346 ± 2.5e+02"),
-            (1.0, 0.05, "1 ± 0.05"),
+            (0.27904, 0.00159, "0.2790 ± 0.0016"),
+            (12345.6, 250.0, "12,346 ± 250"),
+            (1.0, 0.05, "1.000 ± 0.050"),
             (0.5, 0.0, "0.5"),
             (0.5, math.nan, "0.5 ± nan"),
-            (math.inf, 1.0, "inf ± 1"),
-            (0.0, 1e-12, "0 ± 1e-12"),
-            (-3.14159, 0.2, "-3.14 ± 0.2"),
-            (100.0, 3.0, "100 ± 3"),
+            (math.inf, 1.0, "inf"),
+            (0.0, 1e-12, "(0.0 ± 1.0) × 10⁻¹²"),
+            (-3.14159, 0.2, "-3.14 ± 0.20"),
+            (100.0, 3.0, "100.0 ± 3.0"),
         ],
     )
     def test_prints_two_digits_of_the_error(self, value: float, error: float, text: str) -> None:
@@ -32,8 +32,11 @@ class TestEstimate:
 
     def test_interval(self) -> None:
         low, high = Estimate(1.0, 0.5, 10).interval(0.95)
-        assert low == pytest.approx(1 - 0.5 * 1.959963985, abs=1e-8)
-        assert high == pytest.approx(1 + 0.5 * 1.959963985, abs=1e-8)
+        reach = 0.5 * stats.t.ppf(0.975, 9)
+        assert (low, high) == pytest.approx((1 - reach, 1 + reach), abs=1e-8)
+        low, high = Estimate(1.0, 0.5, 1).interval(0.95)
+        assert (low, high) == pytest.approx((1 - 0.979982, 1 + 0.979982), abs=1e-5)
+        assert all(map(math.isnan, Estimate(1.0, math.nan, 1).interval()))
 
     def test_exact_numbers_carry_no_error(self) -> None:
         found = exact(3, over="seeds")

@@ -20,7 +20,7 @@ class Estimate:
     >>> float(cost)
     0.279
     >>> print(cost)
-    0.279 ± 0.0016
+    0.2790 ± 0.0016
     """
 
     value: float
@@ -32,20 +32,50 @@ class Estimate:
         return self.value
 
     def __str__(self) -> str:
-        if self.standard_error == 0:
-            return f"{self.value:.4g}"
-        if not (math.isfinite(self.standard_error) and math.isfinite(self.value)):
-            return f"{self.value:.4g} ± {self.standard_error:.2g}"
-        # Two digits of the error, and as many decimals of the value.
-        decimals = max(0, 1 - math.floor(math.log10(self.standard_error)))
-        digits = f"{self.value:.{decimals}f}"
-        error = f"{self.standard_error:.2g}"
-        return f"{digits.rstrip('0').rstrip('.') if '.' in digits else digits} ± {error}"
+        value, error, power = rounded(self)
+        if not error:
+            return value + power
+        return f"({value} ± {error}){power}" if power else f"{value} ± {error}"
 
     def interval(self, level: float = 0.95) -> tuple[float, float]:
-        """The two-sided normal interval of confidence `level`."""
-        reach = z_bound(level) * self.standard_error
-        return self.value - reach, self.value + reach
+        """The two-sided interval of confidence `level`, by Student's t with n − 1 degrees.
+
+        A single draw whose error is known from elsewhere has the normal interval; where the error
+        is unknown both ends are NaN.
+
+        >>> low, high = Estimate(1.0, 0.1, 5).interval()
+        >>> round(low, 3), round(high, 3)
+        (0.722, 1.278)
+        """
+        error = self.standard_error
+        if error == 0:
+            return self.value, self.value
+        if not math.isfinite(error):
+            return math.nan, math.nan
+        bound = t_bound(self.n - 1, level) if self.n > 1 else z_bound(level)
+        return self.value - bound * error, self.value + bound * error
+
+
+def rounded(estimate: Estimate) -> tuple[str, str, str]:
+    """Value and error to two digits of the error, and the power of ten both are multiplied by.
+
+    The error is empty where the number is exact (or its error mere rounding).
+
+    >>> rounded(Estimate(-1.8e-5, 5.7e-5, 3))
+    ('-1.8', '5.7', ' × 10⁻⁵')
+    """
+    value, error = estimate.value, estimate.standard_error
+    if error <= 1e-9 * abs(value):
+        return f"{value:.4g}", "", ""
+    if not (math.isfinite(value) and math.isfinite(error)):
+        return f"{value:.4g}", f"{error:.2g}", ""
+    size = math.floor(math.log10(max(abs(value), error)))
+    power = 0 if -4 < size < 6 else size
+    value, error = value / 10**power, error / 10**power
+    decimals = max(0, 1 - math.floor(math.log10(error)))
+    texts = f"{value:,.{decimals}f}", f"{error:,.{decimals}f}"
+    raised = str(power).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    return *texts, f" × 10{raised}" if power else ""
 
 
 def exact(value: float, over: str = "masks") -> Estimate:

@@ -41,9 +41,9 @@ def test_cost_verdicts_follow_their_error_bars():
     assert "33% of the loss under dropout" in cost_verdict(cost(), "nats").sentence
     assert cost_verdict(cost(gap=-0.1), "nats").outcome == "no"
     assert cost_verdict(cost(error=0.06), "nats").outcome == "cannot conclude"
-    at_the_bound = cost(gap=0.1, error=0.1 / 1.97)
+    at_the_bound = cost(gap=0.1, error=0.1 / 1.99)
     assert cost_verdict(at_the_bound, "nats").outcome == "yes"
-    assert cost_verdict(cost(gap=0.1, error=0.1 / 1.95), "nats").outcome == "cannot conclude"
+    assert cost_verdict(cost(gap=0.1, error=0.1 / 1.98), "nats").outcome == "cannot conclude"
 
 
 def test_split_and_approximation_verdicts():

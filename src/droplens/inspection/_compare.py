@@ -334,7 +334,7 @@ def _between(
                     Sets(pair, found[0], found[1], sizes),
                     better=f"more equalised at {site!r}",
                     quantity="coefficient of variation of the unit importances",
-                    unit="no unit",
+                    unit="",
                     key=f"equalisation {site}",
                 )
             )

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from droplens.estimates import Estimate, exact, mean_estimate, t_bound, welch, z_bound
+from droplens.estimates import Estimate, exact, mean_estimate, t_bound, welch
 from droplens.inspection._cost import Cost
 from droplens.verdicts import Outcome, Verdict
 
@@ -20,14 +20,12 @@ def _percent(share: float) -> str:
     return f"{100 * share:.0f}%" if abs(share) >= 0.1 else f"{100 * share:.2g}%"
 
 
-def _against(value: float, error: float, threshold: float) -> Outcome:
-    """Whether a number lies above a threshold, by two-sided z-bounds of 95%."""
-    reach = z_bound(LEVEL) * error
-    if value - reach > threshold:
+def _against(measured: Estimate, threshold: float) -> Outcome:
+    """Whether a number lies above a threshold: its 95% interval has to lie on one side."""
+    low, high = measured.interval(LEVEL)
+    if low > threshold:
         return "yes"
-    if value + reach < threshold:
-        return "no"
-    return "cannot conclude"
+    return "no" if high < threshold else "cannot conclude"
 
 
 def cost_verdicts(cost: Cost, unit: str, who: str = "") -> list[Verdict]:
@@ -42,7 +40,7 @@ def cost_verdicts(cost: Cost, unit: str, who: str = "") -> list[Verdict]:
 def cost_verdict(cost: Cost, unit: str, who: str = "") -> Verdict:
     """What the dropout costs, and what share of the training loss under dropout that is."""
     gap = cost.gap
-    outcome = _against(gap.value, gap.standard_error, 0.0)
+    outcome = _against(gap, 0.0)
     whole = cost.dropped_loss
     share = f", {_percent(gap.value / whole)} of the loss under dropout" if whole > 0 else ""
     if outcome == "yes":
@@ -60,7 +58,7 @@ def cost_verdict(cost: Cost, unit: str, who: str = "") -> Verdict:
     return Verdict(
         sentence,
         outcome,
-        f"mean loss over masks minus the loss without dropout, above zero by a 95% z-bound "
+        f"mean loss over masks minus the loss without dropout, above zero by its 95% interval "
         f"over {gap.over}",
         0.0,
         gap,
@@ -74,7 +72,8 @@ def cost_verdict(cost: Cost, unit: str, who: str = "") -> Verdict:
 def split_verdict(cost: Cost, unit: str) -> Verdict:
     """How the cost splits into spread and shift."""
     shift, gap = cost.shift, cost.gap.value
-    outcome = _against(abs(shift.value), shift.standard_error, 0.1 * abs(gap))
+    size = replace(shift, value=abs(shift.value))
+    outcome = _against(size, 0.1 * abs(gap))
     spread_share = cost.spread.value / gap if gap else math.nan
     parts = f"spread {cost.spread}, shift {shift} {unit}"
     if outcome == "no":
@@ -93,9 +92,9 @@ def split_verdict(cost: Cost, unit: str) -> Verdict:
     return Verdict(
         sentence,
         outcome,
-        "size of the shift above a tenth of the gap, by a 95% z-bound",
+        "size of the shift above a tenth of the gap, by its 95% interval",
         0.1 * abs(gap),
-        Estimate(abs(shift.value), shift.standard_error, shift.n, shift.over),
+        size,
         shift.n,
         unit,
         question="Is more of the cost than a tenth a shift of the mean output?",
@@ -113,18 +112,14 @@ def approximation_verdict(cost: Cost) -> Verdict:
         distance = replace(
             spread, value=abs(cost.gaussian / spread.value - 1), standard_error=relative
         )
-    beyond = (
-        _against(distance.value, distance.standard_error, GAUSSIAN_TOLERANCE)
-        if math.isfinite(distance.value)
-        else "cannot conclude"
-    )
+    beyond = _against(distance, GAUSSIAN_TOLERANCE)
     answers: dict[Outcome, Outcome] = {"yes": "no", "no": "yes"}
     return Verdict(
         f"Against Monte Carlo with {cost.draws} masks the Gaussian value is "
         f"{_off(cost.gaussian, spread)} and the second-order value "
         f"{_off(cost.second_order, spread)}. {_why(cost)}",
         answers.get(beyond, "cannot conclude"),
-        "relative distance of the Gaussian value from the Monte-Carlo spread, by a 95% z-bound",
+        "relative distance of the Gaussian value from the Monte-Carlo spread, by its 95% interval",
         GAUSSIAN_TOLERANCE,
         distance,
         spread.n,

@@ -10,7 +10,6 @@ from typing import Any
 
 from droplens.estimates import Estimate, mean_estimate
 from droplens.report._document import Column, Figure, Table
-from droplens.report._intervals import interval
 
 _MOST_POINTS = 200
 _SERIES = tuple(f"var(--series-{k})" for k in range(1, 7))
@@ -281,7 +280,7 @@ def spectra(
 
 
 def _with_interval(estimate: Estimate) -> dict[str, Any]:
-    low, high = interval(estimate)
+    low, high = estimate.interval()
     numbers = {
         "value": estimate.value,
         "low": low,

@@ -11,7 +11,6 @@ from droplens.inspection import Comparison, Cost, HeldOut, Inspection, SiteCost
 from droplens.measure import Equalization, Flatness
 from droplens.report._document import Column, Document, Figure, NotMeasured, Section, Table
 from droplens.report._figures import Curve, bars, dots, lines, spectra, split
-from droplens.report._intervals import interval
 
 _COST_TEXT = (
     "Under dropout the mean loss is the loss without it plus the gap. The gap is spread + shift: "
@@ -40,6 +39,10 @@ _SPECTRUM_TEXT = (
     "Singular values of every layer's weights. The effective rank is the exponential of their "
     "entropy, the stable rank the squared Frobenius over the squared largest."
 )
+
+
+# Layers whose singular values are drawn; the table has them all.
+_MOST_LAYERS = 3
 
 
 def inspection_document(inspection: Inspection, title: str) -> Document:
@@ -407,7 +410,7 @@ def _flatness_figure(
             points = [mean_estimate([e.value for e in column], "networks") for column in columns]
         else:
             points = [column[0] for column in columns]
-        bands = [interval(point) for point in points]
+        bands = [point.interval() for point in points]
         curves[name] = Curve(
             list(found[0].radii),
             [point.value for point in points],
@@ -448,15 +451,12 @@ def _spectra_section(sets: Mapping[str, Sequence[Inspection]]) -> Section:
         Column("effective rank"),
     ]
     blocks: list[Any] = [Table(columns, rows, "Ranks of the weights")]
-    curves = {}
-    for name, found in sets.items():
-        for layer, spectrum in found[0].spectra.items():
-            curves[f"{layer}, {name}" if len(sets) > 1 else layer] = (
-                spectrum.singular_values.tolist()
-            )
-    if 0 < len(curves) <= 6:
-        caption = "Of the first network of each set." if len(sets) > 1 else ""
-        blocks.append(spectra(curves, title="Singular values of the weights", caption=caption))
+    first = {name: found[0].spectra for name, found in sets.items()}
+    layers = list(dict.fromkeys(layer for spectra_ in first.values() for layer in spectra_))
+    caption = "Of the first network of each set." if len(sets) > 1 else ""
+    for layer in layers[:_MOST_LAYERS]:
+        curves = {n: s[layer].singular_values.tolist() for n, s in first.items() if layer in s}
+        blocks.append(spectra(curves, title=f"Singular values of {layer}", caption=caption))
     return Section("Of what rank are the weights?", _SPECTRUM_TEXT, blocks)
 
 

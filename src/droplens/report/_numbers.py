@@ -2,7 +2,7 @@
 
 import math
 
-from droplens.estimates import Estimate
+from droplens.estimates import Estimate, rounded
 from droplens.report._document import Cell
 
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -58,18 +58,12 @@ def _format_estimate(estimate: Estimate) -> str:
 
 
 def _rounded(estimate: Estimate) -> tuple[str, str, str]:
-    """Value, error, and the power of ten that both are to be multiplied by."""
-    value, error = estimate.value, estimate.standard_error
-    # An error below a billionth of the value is rounding, not spread.
-    if not (math.isfinite(value) and math.isfinite(error)) or error <= 1e-9 * abs(value):
-        return format_number(value), format_number(error, 2), ""
-    size = math.floor(math.log10(max(abs(value), error)))
-    power = 0 if -4 < size < 6 else size
-    value, error = value / 10**power, error / 10**power
-    decimals = max(0, 1 - math.floor(math.log10(error)))
-    texts = [f"{number:,.{decimals}f}".replace("-", "−") for number in (value, error)]
-    exponent = f" × 10{str(power).translate(_SUPERSCRIPTS)}" if power else ""
-    return texts[0], texts[1], exponent
+    """Value, error, and the power of ten that both are to be multiplied by, typeset."""
+    known = math.isfinite(estimate.value) and math.isfinite(estimate.standard_error)
+    if not known or estimate.standard_error <= 1e-9 * abs(estimate.value):
+        return format_number(estimate.value), format_number(estimate.standard_error, 2), ""
+    value, error, power = rounded(estimate)
+    return value.replace("-", "−"), error.replace("-", "−"), power
 
 
 def _typeset(text: str) -> str:

@@ -3,7 +3,6 @@
 import math
 from dataclasses import dataclass
 
-from droplens.report._intervals import interval
 from droplens.verdicts import Verdict
 
 _MARGIN = 4.0
@@ -24,7 +23,7 @@ def ruler(verdict: Verdict) -> Ruler | None:
     measured, threshold = verdict.measured, verdict.threshold
     if not (math.isfinite(measured.value) and math.isfinite(threshold)):
         return None
-    low, high = interval(measured)
+    low, high = measured.interval()
     if not (math.isfinite(low) and math.isfinite(high)):
         low = high = measured.value
     left, right = min(low, threshold), max(high, threshold)
