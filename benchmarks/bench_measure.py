@@ -1,25 +1,14 @@
 """Measures against what they replace: `python -m benchmarks.bench_measure`."""
 
-import statistics
 import threading
-import time
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from benchmarks._timing import ratio, row, seconds
 from droplens import data, measure, training
 from droplens.products import differentiable_gradient, hessian_product
-
-
-def seconds(function, repeats=7):
-    function()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
 
 
 def digits_network():
@@ -50,10 +39,13 @@ def fisher_and_products():
     parameters = list(network.parameters())
     vector = [torch.randn_like(p) for p in parameters]
     gradient = differentiable_gradient(loss(network(x), y), parameters)
-    product = seconds(lambda: hessian_product(gradient, parameters, vector))
-    one_gradient = seconds(lambda: torch.autograd.grad(loss(network(x), y), parameters))
-    exact = seconds(lambda: measure.fisher(network, (x, y), loss))
-    return exact / (98 * product), product / one_gradient, exact
+
+    def product():
+        return hessian_product(gradient, parameters, vector)
+
+    exact = ratio(lambda: measure.fisher(network, (x, y), loss), product)
+    one = ratio(product, lambda: torch.autograd.grad(loss(network(x), y), parameters))
+    return exact / 98, one
 
 
 def top_eigenvalues():
@@ -72,8 +64,7 @@ def top_eigenvalues():
         operator = HessianLinearOperator(network, loss, parameters, [(x, y)])
         return eigsh(operator.to_scipy(), k=5, which="LA", tol=1e-6)[0]
 
-    ours = seconds(lambda: measure.hessian(network, (x, y), loss, probes=2), 3)
-    return ours / seconds(theirs, 3)
+    return ratio(lambda: measure.hessian(network, (x, y), loss, probes=2), theirs, 3)
 
 
 class PeakMemory:
@@ -103,27 +94,23 @@ class PeakMemory:
 def condensation_memory():
     """100,000 random neurons in 256 dimensions: the hardest case, nobody joins anybody."""
     weights = torch.randn(100_000, 256, generator=torch.Generator().manual_seed(0))
-    start = time.perf_counter()
     with PeakMemory() as memory:
-        result = measure.condensation(weights)
-    taken = time.perf_counter() - start
+        taken = seconds(lambda: measure.condensation(weights))
     # The weights themselves count too.
-    return (memory.bytes + weights.nbytes) / 2**30, taken, result.orientations
+    return (memory.bytes + weights.nbytes) / 2**30, taken
 
 
 def main():
-    print(f"threads: {torch.get_num_threads()}")
-    print("what | measured | limit")
-    fisher, product, exact = fisher_and_products()
-    print(f"exact Fisher, 64-256-256-10, 1,797 digits, over 98 products | {fisher:.3f} | 0.06")
-    print(f"  (seconds: {exact:.3f})")
-    print(f"one Hessian product over one gradient | {product:.2f} | 2")
+    fisher, product = fisher_and_products()
+    row("exact Fisher, 64-256-256-10, 1,797 digits, over 98 products", fisher, 0.06)
+    row("one Hessian product over one gradient", product, 2)
     top = top_eigenvalues()
-    shown = "curvlinops is not installed" if top is None else f"{top:.2f}"
-    print(f"top five eigenvalues over curvlinops + eigsh | {shown} | 0.6")
-    gib, taken, orientations = condensation_memory()
-    print(f"condensation of 100,000 neurons × 256, GiB with the weights | {gib:.2f} | 1")
-    print(f"  (seconds: {taken:.1f}, orientations: {orientations})")
+    if top is None:
+        print("top five eigenvalues over curvlinops + eigsh | curvlinops is not installed | 0.6")
+    else:
+        row("top five eigenvalues over curvlinops + eigsh", top, 0.6)
+    gib, taken = condensation_memory()
+    row(f"condensation of 100,000 neurons × 256, GiB with the weights ({taken:.0f} s)", gib, 1)
 
 
 if __name__ == "__main__":

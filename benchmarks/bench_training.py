@@ -1,11 +1,9 @@
 """Many seeds at once against one after the other: `python -m benchmarks.bench_training`."""
 
-import statistics
-import time
-
 import torch
 from torch import nn
 
+from benchmarks._timing import ratio, row, seconds
 from droplens import data, training
 
 SEEDS, WIDTH, STEPS = 20, 1000, 300
@@ -30,25 +28,17 @@ def loop(networks, examples, steps):
             optimizer.step()
 
 
-def seconds(function, repeats=3):
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
-
-
 def stacked_against_loop():
     """20 seeds of a 1-1000-1 ReLU network, 40 points, full batch."""
     x = torch.linspace(-1, 1, 40)[:, None]
     examples = data.relu_pair(x.flatten())
     networks = training.initialise(two_layers, SEEDS, seed=0)
     plan = training.Plan(STEPS, None)
-    loop(networks[:1], examples, 3)  # the first optimiser of a process costs 0.8 s
-    at_once = seconds(lambda: training.train(networks, examples, nn.MSELoss(), plan, seed=0))
-    one_by_one = seconds(lambda: loop(networks, examples, STEPS))
-    return at_once / one_by_one
+    return ratio(
+        lambda: training.train(networks, examples, nn.MSELoss(), plan, seed=0),
+        lambda: loop(networks, examples, STEPS),
+        5,
+    )
 
 
 def demo_seconds():
@@ -61,16 +51,17 @@ def demo_seconds():
     ]
     plan = training.Plan(40, 32)
     return seconds(
-        lambda: training.train(networks, split.train, nn.CrossEntropyLoss(), plan, seed=0), 1
+        lambda: training.train(networks, split.train, nn.CrossEntropyLoss(), plan, seed=0)
     )
 
 
 def main():
-    print(f"threads: {torch.get_num_threads()}")
-    print("what | measured | limit")
-    ratio = stacked_against_loop()
-    print(f"20 seeds of 1-1000-1, full batch, over a loop with torch's Adam | {ratio:.3f} | 0.13")
-    print(f"ten digits networks, 40 epochs, batches of 32, seconds | {demo_seconds():.1f} | 25")
+    row(
+        "20 seeds of 1-1000-1, full batch, over a loop with torch's Adam",
+        stacked_against_loop(),
+        0.13,
+    )
+    row("ten digits networks, 40 epochs, batches of 32, in seconds", demo_seconds(), 25)
 
 
 if __name__ == "__main__":

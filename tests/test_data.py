@@ -292,6 +292,12 @@ def test_cifar10_says_what_is_missing(tmp_path):
         data.cifar10(tmp_path)
 
 
+@pytest.mark.parametrize("read", [data.mnist, data.cifar10, data.cifar100])
+def test_no_examples_are_too_few(tmp_path, read):
+    with pytest.raises(ValueError, match="limit has to be at least 1, but got 0"):
+        read(tmp_path, limit=0)
+
+
 def test_a_broken_archive_is_named(tmp_path):
     files, _ = cifar10_python()
     path = tmp_path / "cifar-10-python.tar.gz"

@@ -147,8 +147,10 @@ def mnist(folder: str | Path, limit: int | None = None) -> Split:
 
     Raises:
         FileNotFoundError: if a file is missing.
-        ValueError: if a file is corrupt, or images and labels differ in number.
+        ValueError: if a file is corrupt, images and labels differ in number, or `limit` is not
+            positive.
     """
+    _check_limit(limit)
 
     def part(prefix: str) -> Examples:
         images = _archives.read_idx(folder, f"{prefix}-images-idx3-ubyte", 3, limit)
@@ -173,8 +175,9 @@ def cifar10(folder: str | Path, limit: int | None = None) -> Split:
 
     Raises:
         FileNotFoundError: if a file is missing.
-        ValueError: if a file is corrupt or carries code.
+        ValueError: if a file is corrupt or carries code, or `limit` is not positive.
     """
+    _check_limit(limit)
     train, test, names = _archives.read_cifar(folder, _archives.CIFAR10, "fine", limit)
     return _cifar_split(train, test, names)
 
@@ -186,12 +189,19 @@ def cifar100(
 
     Raises:
         FileNotFoundError: if a file is missing.
-        ValueError: if a file is corrupt or carries code, or `labels` is neither of the two.
+        ValueError: if a file is corrupt or carries code, `labels` is neither of the two, or
+            `limit` is not positive.
     """
     if labels not in {"fine", "coarse"}:
         raise ValueError(f"labels has to be 'fine' or 'coarse', but got {labels!r}")
+    _check_limit(limit)
     train, test, names = _archives.read_cifar(folder, _archives.CIFAR100, labels, limit)
     return _cifar_split(train, test, names)
+
+
+def _check_limit(limit: int | None) -> None:
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit has to be at least 1, but got {limit}")
 
 
 def _cifar_split(
