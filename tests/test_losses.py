@@ -106,16 +106,16 @@ def test_divergence_stays_accurate_for_tiny_and_for_huge_steps():
     assert float(known.divergence(f, huge)) == pytest.approx(500 - math.log(2), rel=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["residual", "probe"])
 @pytest.mark.parametrize("case", [c for c in CASES if "sum" not in c])
-def test_residuals_have_mean_zero_and_the_hessian_as_covariance(case):
+def test_residuals_and_probes_have_mean_zero_and_the_hessian_as_covariance(case, kind):
     """z-bound at fixed sample size: 40,000 draws, 6 standard errors over all entries."""
     loss, outputs, _ = CASES[case]
     known = family(loss)
     f = known.natural(outputs)[:1, :1]
     draws = 40_000
-    residual = known.residual(
-        f.expand(draws, -1, -1).contiguous(), torch.Generator().manual_seed(1)
-    )[:, 0]
+    draw = getattr(known, kind)
+    residual = draw(f.expand(draws, -1, -1).contiguous(), torch.Generator().manual_seed(1))[:, 0]
     error = residual.std(0) / draws**0.5
     assert bool((residual.mean(0).abs() <= 6 * error + 1e-12).all())
     products = residual.unsqueeze(-1) * residual.unsqueeze(-2)

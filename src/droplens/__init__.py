@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from droplens.inspection import inspect as inspect
     from droplens.penalties import decompose as decompose
     from droplens.penalties import penalty as penalty
+    from droplens.penalties import penalty_curve as penalty_curve
 
 __version__ = "0.1.0"
 
@@ -39,6 +40,7 @@ _HOMES = {
     "inspect": "inspection",
     "decompose": "penalties",
     "penalty": "penalties",
+    "penalty_curve": "penalties",
     "register_site": "discovery",
     "sites": "discovery",
 }

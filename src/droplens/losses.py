@@ -74,6 +74,14 @@ class Family(ABC):
         root = self.root(f)
         return root @ root.mT
 
+    def probe(self, f: Tensor, generator: torch.Generator | None) -> Tensor:
+        """R ξ with random signs ξ: mean 0 and covariance H, also in its derivatives: (n, T, C).
+
+        A residual of a drawn label has these moments too, but its label's law depends on f in a
+        way that no derivative sees.
+        """
+        return (self.root(f) @ random_signs(f, generator).unsqueeze(-1)).squeeze(-1)
+
     def divergence(self, f: Tensor, step: Tensor) -> Tensor:
         """A(f + ε) − A(f) − ∇A(f)ᵀε ≥ 0; `step` ε broadcasts against f: (..., n, T)."""
         slope = (self.mean(f) * step).sum(-1)
@@ -86,6 +94,12 @@ class Family(ABC):
     @abstractmethod
     def noise_spread(self, f: Tensor, covariance: Tensor) -> Tensor:
         """E A(f + ε) − A(f) for ε ~ N(0, K), K (n, m, m) over the contrasts, f (n, C): (n)."""
+
+
+def random_signs(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Independent ±1 of the shape of `like`."""
+    coins = torch.randint(2, like.shape, generator=generator, device=like.device)
+    return (2 * coins - 1).to(like.dtype)
 
 
 def _check_finite_targets(targets: Tensor) -> None:
@@ -321,6 +335,12 @@ class Categorical(Family):
         if centred.numel() and float(centred.detach().max()) > 60:  # expm1 nears its overflow
             return torch.logsumexp(torch.log_softmax(f, -1) + centred, -1).clamp_min(0)
         return torch.log1p((mean * torch.expm1(centred)).sum(-1)).clamp_min(0)
+
+    def probe(self, f: Tensor, generator: torch.Generator | None) -> Tensor:
+        """√π∘ξ − π·(√πᵀξ), without forming R (√πᵀξ = Σ_c √π_c ξ_c)."""
+        half = torch.exp(0.5 * torch.log_softmax(f, -1))
+        signed = half * random_signs(f, generator)
+        return signed - half.square() * signed.sum(-1, keepdim=True)
 
     def contrasts(self, f: Tensor) -> Tensor:
         """e_c − e_C for c < C: softmax does not see what is added to all classes alike."""

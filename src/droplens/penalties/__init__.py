@@ -1,6 +1,15 @@
 """What dropout costs, in units of the loss: gap = spread + shift (theory §3.1)."""
 
+from droplens.penalties._curve import PenaltyCurve, penalty_curve
 from droplens.penalties._decompose import Decomposition, Parts, decompose
 from droplens.penalties._penalty import Penalty, penalty
 
-__all__ = ["Decomposition", "Parts", "Penalty", "decompose", "penalty"]
+__all__ = [
+    "Decomposition",
+    "Parts",
+    "Penalty",
+    "PenaltyCurve",
+    "decompose",
+    "penalty",
+    "penalty_curve",
+]

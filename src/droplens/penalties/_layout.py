@@ -74,17 +74,16 @@ def covariance_of(gate: Gate, rows: Tensor) -> Covariance:
         raise ValueError(f"site {gate.name!r}: {error}") from error
 
 
-def output_covariance(gate: Gate, axis: int, scores: Tensor, n: int) -> Tensor:
-    """K = J_h C̄ J_hᵀ of every example, (n, C, C), from gate scores (C, *shape).
+def noise_covariance(covariance: Covariance, rows: Tensor, n: int) -> Tensor:
+    """K = J_h C̄ J_hᵀ of every example, (n, m, m), from gate scores `rows` (m, n_rows, *units).
 
     Rows beyond n (heads, windows) have coins of their own, so their covariances add up.
     """
-    rows = to_rows(axis, scores)
-    gram = covariance_of(gate, rows).gram(rows.movedim(0, 1))  # (n_rows, C, C)
-    return gram.unflatten(0, (n, -1)).sum(1) if gram.shape[0] != n else gram
+    gram = covariance.gram(rows.movedim(0, 1))  # (n_rows, m, m)
+    return gram.unflatten(0, (n, -1)).sum(1) if len(gram) != n else gram
 
 
-def quadratic_total(gate: Gate, axis: int, scores: Tensor) -> Tensor:
-    """Σ over rows of sᵀ C̄ s for one set of scores (*shape): a scalar."""
-    rows = to_rows(axis, scores.unsqueeze(0))
-    return covariance_of(gate, rows).quadratic(rows).sum()
+def quadratics(gate: Gate, rows: Tensor, n: int) -> Tensor:
+    """sᵀ C̄ s of every example, (n), for one set of scores s in `rows` (n_rows, *units)."""
+    values = covariance_of(gate, rows.unsqueeze(0)).quadratic(rows)
+    return values.reshape(n, -1).sum(1)

@@ -1,28 +1,25 @@
-"""What dropout costs without drawing a mask: the second-order and the Gaussian spread."""
+"""What dropout costs without drawing a mask: three evaluations of the spread."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from droplens.calling import check_inputs, check_outputs
-from droplens.gates import Gate, Opened, open_gates
 from droplens.losses import POINTS, Family
 from droplens.losses import family as family_of
-from droplens.penalties._layout import (
-    check_law_along,
-    example_axis,
-    output_covariance,
-    quadratic_total,
-)
-from droplens.products import pull_back, term_jacobian
+from droplens.penalties._layout import covariance_of, noise_covariance, quadratics, to_rows
+from droplens.penalties._noise import Network, open_network, participation, terms
+from droplens.products import pull_back
+from droplens.randomness import private_generator
+
+Method = Literal["gaussian", "second_order", "sampled"]
 
 # Examples × points × classes evaluated at once: what stays in a core's cache.
 _CACHED_NUMBERS = 1 << 17
-
-Method = Literal["gaussian", "second_order"]
+# Fewer equal coins than this do not make Gaussian noise: 10 strong units erred by up to 70%.
+FEW_UNITS = 12.0
 
 
 @dataclass(frozen=True)
@@ -35,14 +32,23 @@ class Penalty:
             Gaussian values need not.
         method: how it was computed.
         approximation: of what order the value is, in words.
+        participation: by site, how many equal coins would make the output noise of an example;
+            for the Gaussian value, which leans on many.
+        standard_error: of the total over probes, for "sampled"; 0 otherwise.
+        seed: repeats the probes; None if none were drawn.
+        notes: what a reader of the number should know.
         unmeasured: sites that are not counted (no law, or a mask that mixes examples), and why.
     """
 
     total: Tensor
-    by_site: dict[str, Tensor]
+    by_site: Mapping[str, Tensor]
     method: str
     approximation: str
-    unmeasured: dict[str, str] = field(default_factory=dict)
+    participation: Mapping[str, float] = field(default_factory=dict)
+    standard_error: float = 0.0
+    seed: int | None = None
+    notes: tuple[str, ...] = ()
+    unmeasured: Mapping[str, str] = field(default_factory=dict)
 
     def __float__(self) -> float:
         return float(self.total.detach())
@@ -51,11 +57,15 @@ class Penalty:
 _ORDER = {
     "gaussian": "Gaussian output noise: exact as every unit's share of the noise becomes small",
     "second_order": "second order in the output noise: exact as the noise becomes small",
+    "sampled": "second order in the output noise, by random probes: unbiased for it",
 }
 _EXACT = "exact in the spread: A is quadratic, so only the noise's covariance counts"
+_MATHS_KERNEL = (
+    "attention ran on torch's maths kernel, because the fused ones have no double backward"
+)
 
 
-def penalty(
+def penalty(  # noqa: PLR0913  # the last five are keywords with defaults
     model: nn.Module,
     inputs: Any,
     loss: object,
@@ -63,21 +73,31 @@ def penalty(
     *,
     targets: Tensor | None = None,
     sites: Sequence[str] | None = None,
+    draws: int = 1,
+    generator: torch.Generator | None = None,
+    seed: int | None = None,
 ) -> Penalty:
     """The spread that dropout adds to the loss, without drawing a mask (theory §3.1).
 
-    Second order: ½ E_x Σ_c j_cᵀ C̄ j_c with j_c = h ∘ (Jᵀ H^{1/2})_c per site. Gaussian: the
-    output noise has covariance K = Σ_sites J_h C̄ J_hᵀ per example, and the spread is
-    E_ε[A(f + ε) − A(f) − ∇A(f)ᵀε] with ε ~ N(0, K). For squared loss both are the same number.
-    The value leaves out the shift, which vanishes where the outputs are affine in the gates.
+    Second order: ½ E_x Σ_c j_cᵀ C̄ j_c with j_c = h ∘ (Jᵀ H^{1/2})_c per site. Sampled: the same
+    with one backward pass, ½ E_x sᵀ C̄ s with s = h ∘ Jᵀ H^{1/2} ξ and random signs ξ, which is
+    unbiased for it and for its gradient (a drawn label ŷ in place of ξ, as in P5, is unbiased for
+    the value alone). Gaussian: the output noise has covariance K = Σ_sites J_h C̄ J_hᵀ per
+    example, and the spread is E_ε[A(f + ε) − A(f) − ∇A(f)ᵀε] with ε ~ N(0, K). For squared loss
+    the first and the last are the same number. The value leaves out the shift, which vanishes
+    where the outputs are affine in the gates.
 
     Args:
         model: any torch module; its sites' train-mode laws count, whatever mode it is in.
         inputs: a tensor, a tuple of positional or a mapping of keyword arguments.
         loss: a loss object such as `nn.CrossEntropyLoss()`; units and reduction are its own.
-        method: "gaussian" or "second_order".
+        method: "gaussian", "second_order" or "sampled".
         targets: needed only where they weigh examples (class weights, an ignore_index).
         sites: names of the sites to count; all of them if not given.
+        draws: probes, for "sampled"; one backward pass each. With one, the standard error is an
+            upper bound.
+        generator: where the probes come from; a private one seeded by the system if not given.
+        seed: in place of a generator.
 
     Returns:
         `.total` (a graph is kept unless gradients are off) and `.by_site`.
@@ -92,117 +112,122 @@ def penalty(
         ValueError: for an unknown method or site, p = 1, bad inputs, or missing targets.
     """
     if method not in _ORDER:
-        raise ValueError(f"method has to be 'gaussian' or 'second_order', but got {method!r}")
+        known = ", ".join(repr(name) for name in _ORDER)
+        raise ValueError(f"method has to be one of {known}, but got {method!r}")
+    if not draws >= 1:
+        raise ValueError(f"draws has to be at least 1, but got {draws}")
     family = family_of(loss)
-    check_inputs(inputs)
-    opened = open_gates(model, inputs, sites)
-    check_outputs(model, opened.outputs)
-    _check_names(sites, opened)
-    if targets is not None:
-        family.check_targets(opened.outputs, targets)
     keep = torch.is_grad_enabled()
+    error, used_seed, counts = 0.0, None, dict[str, float]()
     with torch.enable_grad():
-        f = family.natural(opened.outputs)
-        weights = family.weights(opened.outputs, targets)  # (n, T)
-        gates, axes, mixing = _laid_out(f, opened.gates)
-        if sites is not None and mixing:
-            raise ValueError(next(iter(mixing.values())))
-        if method == "second_order" or family.quadratic:
-            by_site = _second_order(family, f, weights, gates, axes, keep)
-            total = sum(by_site.values(), start=f.new_zeros(()))
+        network = open_network(model, inputs, family, targets, sites)
+        if method == "sampled":
+            source, used_seed = private_generator(generator, seed, network.f.device)
+            by_site, error = _sampled(network, draws, source, keep)
+            total = sum(by_site.values(), start=network.f.new_zeros(()))
+        elif method == "second_order" or family.quadratic:
+            by_site = _second_order(network, keep)
+            total = sum(by_site.values(), start=network.f.new_zeros(()))
         else:
-            total, by_site = _gaussian(family, f, weights, gates, axes, keep)
+            total, by_site, counts = _gaussian(network, keep)
     if not keep:
         total, by_site = total.detach(), {k: v.detach() for k, v in by_site.items()}
-    order = _EXACT if family.quadratic else _ORDER[method]
-    return Penalty(total, by_site, method, order, {**opened.unmeasured, **mixing})
+    return Penalty(
+        total,
+        by_site,
+        method,
+        _EXACT if family.quadratic and method != "sampled" else _ORDER[method],
+        counts,
+        error,
+        used_seed,
+        notes_on(network, counts),
+        network.unmeasured,
+    )
 
 
-def _laid_out(f: Tensor, gates: Sequence[Gate]) -> tuple[list[Gate], list[int], dict[str, str]]:
-    """The gates whose examples can be told apart, along which axis, and why the others cannot."""
-    kept, axes, mixing = [], [], {}
-    for gate in gates:
-        try:
-            axis = example_axis(f, gate)
-            check_law_along(gate, axis)
-        except ValueError as error:
-            mixing[gate.name] = str(error)
-            continue
-        kept.append(gate)
-        axes.append(axis)
-    return kept, axes, mixing
+def notes_on(network: Network, counts: Mapping[str, float]) -> tuple[str, ...]:
+    """What a reader should know: few strong units, kernels that were switched."""
+    notes = [
+        f"few strong units: the noise at {name!r} is that of about {count:.1f} equal coins, too "
+        "few for a Gaussian; trust Monte Carlo (droplens.decompose)"
+        for name, count in counts.items()
+        if 0 < count < FEW_UNITS
+    ]
+    if any(gate.name.split("#")[0].endswith("attention") for gate in network.gates):
+        notes.append(_MATHS_KERNEL)
+    return tuple(notes)
 
 
-def _check_names(names: Sequence[str] | None, opened: Opened) -> None:
-    if names is None:
-        return
-    known = {gate.name for gate in opened.gates}
-    for name in names:
-        if name in opened.unmeasured:
-            raise ValueError(f"site {name!r} has no law: {opened.unmeasured[name]}")
-        if name not in known:
-            raise ValueError(
-                f"sites holds {name!r}, which the forward pass does not meet; "
-                "droplens.sites(model, inputs) lists the names"
-            )
-
-
-def _second_order(
-    family: Family,
-    f: Tensor,
-    weights: Tensor,
-    gates: Sequence[Gate],
-    axes: Sequence[int],
-    keep: bool,
-) -> dict[str, Tensor]:
+def _second_order(network: Network, keep: bool) -> dict[str, Tensor]:
     """½ Σ_c j_cᵀ C̄ j_c per site, one backward pass per term and column of H^{1/2}."""
-    values = {gate.name: f.new_zeros(()) for gate in gates}
-    if not gates:
+    f = network.f
+    values = {gate.name: f.new_zeros(()) for gate in network.gates}
+    if not values:
         return values
-    root = family.root(f) * weights.sqrt()[..., None, None]  # (n, T, C, C)
-    tensors = [gate.tensor for gate in gates]
+    root = network.family.root(f) * network.weights.sqrt()[..., None, None]  # (n, T, C, C)
     for term in range(f.shape[1]):
         for c in range(f.shape[2]):
             cotangent = torch.zeros_like(f)
             cotangent[:, term] = root[:, term, :, c]
-            scores = pull_back(f, cotangent, tensors, create_graph=keep)
-            for gate, axis, score in zip(gates, axes, scores, strict=True):
-                value = 0.5 * quadratic_total(gate, axis, score)
-                values[gate.name] = values[gate.name] + (value if keep else value.detach())
+            for name, each in _half_quadratics(network, cotangent, keep).items():
+                values[name] = values[name] + each.sum()
     return values
 
 
-def _gaussian(
-    family: Family,
-    f: Tensor,
-    weights: Tensor,
-    gates: Sequence[Gate],
-    axes: Sequence[int],
-    keep: bool,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """The Gaussian spread of all sites together and of each alone."""
-    total = f.new_zeros(())
-    values = {gate.name: f.new_zeros(()) for gate in gates}
-    if not gates:
-        return total, values
-    n, n_terms, _ = f.shape
-    tensors = [gate.tensor for gate in gates]
-    contrasts = family.contrasts(f)
-    for term in range(n_terms):
-        jacobians = term_jacobian(f, term, contrasts, tensors, create_graph=keep)
-        here = f[:, term] if keep else f[:, term].detach()
-        weight = weights[:, term]
-        noises = [
-            output_covariance(gate, axis, scores, n)
-            for gate, axis, scores in zip(gates, axes, jacobians, strict=True)
-        ]
-        for gate, noise in zip(gates, noises, strict=True):
-            spread = (weight * gaussian_spread(family, here, noise)).sum()
+def _sampled(
+    network: Network, draws: int, generator: torch.Generator, keep: bool
+) -> tuple[dict[str, Tensor], float]:
+    """½ sᵀ C̄ s per site for s pulled back from random probes, and the total's error."""
+    f, n = network.f, network.f.shape[0]
+    values = {gate.name: f.new_zeros(()) for gate in network.gates}
+    if not values:
+        return values, 0.0
+    scale = network.weights.sqrt().unsqueeze(-1)
+    found = []
+    for _ in range(draws):
+        probe = network.family.probe(f, generator)
+        whole = f.new_zeros(n)
+        for name, each in _half_quadratics(network, scale * probe, keep).items():
+            values[name] = values[name] + each.sum() / draws
+            whole = whole + each.detach()
+        found.append(whole.double())
+    drawn = torch.stack(found)  # (draws, n), independent over draws and examples
+    # One draw shows no spread around its own mean; its square bounds the variance from above.
+    variance = drawn.var(0) if draws > 1 else drawn[0].square()
+    return values, float((variance / draws).sum().sqrt())
+
+
+def _half_quadratics(network: Network, cotangent: Tensor, keep: bool) -> dict[str, Tensor]:
+    """½ sᵀ C̄ s of every example (n) by site, s the cotangent pulled back to the gates."""
+    scores = pull_back(network.f, cotangent, network.tensors, create_graph=keep)
+    found = {}
+    for gate, axis, score in zip(network.gates, network.axes, scores, strict=True):
+        rows = to_rows(axis, score.unsqueeze(0)).squeeze(0)
+        value = 0.5 * quadratics(gate, rows, network.f.shape[0])
+        found[gate.name] = value if keep else value.detach()
+    return found
+
+
+def _gaussian(network: Network, keep: bool) -> tuple[Tensor, dict[str, Tensor], dict[str, float]]:
+    """The Gaussian spread of all sites together and of each alone, and units taking part."""
+    f, family = network.f, network.family
+    values = {gate.name: f.new_zeros(()) for gate in network.gates}
+    if not values:
+        return f.new_zeros(()), values, {}
+    total, counts = f.new_zeros(()), dict[str, float]()
+    for term in terms(network, create_graph=keep):
+        noises = []
+        for gate, rows in zip(network.gates, term.rows, strict=True):
+            noise = noise_covariance(covariance_of(gate, rows), rows, len(f))
+            noises.append(noise)
+            spread = (term.weight * gaussian_spread(family, term.f, noise)).sum()
             values[gate.name] = values[gate.name] + spread
-        if len(gates) > 1:
+            if gate.name not in counts:
+                counts[gate.name] = participation(gate, rows, len(f))
+        if len(noises) > 1:
             joint = torch.stack(noises).sum(0)
-            total = total + (weight * gaussian_spread(family, here, joint)).sum()
-    return (total if len(gates) > 1 else values[gates[0].name]), values
+            total = total + (term.weight * gaussian_spread(family, term.f, joint)).sum()
+    return (total if len(values) > 1 else next(iter(values.values()))), values, counts
 
 
 def gaussian_spread(family: Family, f: Tensor, covariance: Tensor) -> Tensor:

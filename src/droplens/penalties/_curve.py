@@ -1,0 +1,163 @@
+"""The penalty as a function of the rate, from one set of backward passes."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from droplens.gates import Gate
+from droplens.losses import family as family_of
+from droplens.masks import Covariance, GroupCovariance, relative_variance
+from droplens.masks._law import check_rate
+from droplens.penalties._layout import covariance_of, noise_covariance
+from droplens.penalties._noise import Network, Term, open_network, participation, terms
+from droplens.penalties._penalty import gaussian_spread, notes_on
+
+
+@dataclass(frozen=True)
+class PenaltyCurve:
+    """The spread at many rates, in units of the loss; every site at the same rate.
+
+    Args:
+        rates: drop probabilities p, (R).
+        total: Gaussian value of all sites together, (R).
+        by_site: Gaussian value of each site alone, (R) each.
+        second_order: second-order value of all sites together, (R).
+        participation: see `Penalty.participation`.
+        notes: what a reader of the numbers should know.
+        unmeasured: sites that are not counted, and why.
+    """
+
+    rates: tuple[float, ...]
+    total: Tensor
+    by_site: Mapping[str, Tensor]
+    second_order: Tensor
+    participation: Mapping[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    unmeasured: Mapping[str, str] = field(default_factory=dict)
+
+
+def penalty_curve(
+    model: nn.Module,
+    inputs: Any,
+    loss: object,
+    rates: Sequence[float],
+    *,
+    targets: Tensor | None = None,
+    sites: Sequence[str] | None = None,
+) -> PenaltyCurve:
+    """What dropout would cost at other rates, from one set of backward passes (theory §3.1).
+
+    Laws with C̄ ∝ λ have K(p) = λ(p)·K(½); a grid DropBlock has its C̄ anew at every rate, from
+    the same Jacobian. The network is taken as it is: trained at another rate it would differ.
+
+    Args:
+        model: any torch module; the laws of its sites count, at the rates given.
+        inputs: a tensor, a tuple of positional or a mapping of keyword arguments.
+        loss: a loss object; units and reduction are its own.
+        rates: drop probabilities, from 0 to below 1.
+        targets: needed only where they weigh examples.
+        sites: names of the sites to count; all of them if not given.
+
+    Returns:
+        Gaussian and second-order values at every rate, detached.
+
+    >>> net = nn.Sequential(nn.Dropout(0.5), nn.Linear(2, 1, bias=False))
+    >>> _ = nn.init.ones_(net[1].weight)
+    >>> penalty_curve(net, torch.tensor([[1.0, 2.0]]), nn.MSELoss(), [0.0, 0.5]).total
+    tensor([0., 5.])
+
+    Raises:
+        TypeError: if a rate is no number, the loss not known, or the model returns no tensor.
+        ValueError: if there is no rate, a rate is outside [0, 1), or the inputs are bad.
+    """
+    checked = tuple(check_rate(p) for p in rates)
+    if not checked:
+        raise ValueError("rates is empty; give at least one drop probability")
+    for p in checked:
+        relative_variance(p)  # refuses p = 1
+    family = family_of(loss)
+    with torch.enable_grad():
+        network = open_network(model, inputs, family, targets, sites)
+        curve = _Curve(network, checked)
+        for term in terms(network, create_graph=False):
+            curve.add(term)
+    counts = curve.counts
+    return PenaltyCurve(
+        checked,
+        curve.total,
+        curve.by_site,
+        curve.second_order,
+        counts,
+        notes_on(network, counts),
+        {**network.unmeasured, **curve.rateless},
+    )
+
+
+class _Curve:
+    """Sums over terms at every rate."""
+
+    def __init__(self, network: Network, rates: tuple[float, ...]) -> None:
+        f = network.f.detach()
+        self.network, self.rates, self.n = network, rates, len(f)
+        self.rateless = {
+            gate.name: f"{type(gate.law).__name__} has no rate p"
+            for gate in network.gates
+            if not hasattr(gate.law, "p")
+        }
+        self.total = f.new_zeros(len(rates))
+        self.second_order = f.new_zeros(len(rates))
+        names = [gate.name for gate in network.gates if gate.name not in self.rateless]
+        self.by_site = {name: f.new_zeros(len(rates)) for name in names}
+        self.counts: dict[str, float] = {}
+
+    def add(self, term: Term) -> None:
+        family = self.network.family
+        used = [
+            (gate, rows)
+            for gate, rows in zip(self.network.gates, term.rows, strict=True)
+            if gate.name in self.by_site
+        ]
+        for gate, rows in used:
+            self.counts.setdefault(gate.name, participation(gate, rows, self.n))
+        noises = [_Noise(gate, rows, self.n) for gate, rows in used]
+        weight, f = term.weight.detach(), term.f
+        hessian = family.hessian(f.unsqueeze(1)).squeeze(1)
+        for k, p in enumerate(self.rates):
+            if p == 0 or not noises:
+                continue
+            each = [noise.at(p) for noise in noises]
+            joint = torch.stack(each).sum(0)
+            m = joint.shape[-1]
+            curvature = 0.5 * (hessian[:, :m, :m] * joint).sum((-2, -1))
+            self.second_order[k] += (weight * curvature).sum().detach()
+            together = (weight * gaussian_spread(family, f, joint)).sum().detach()
+            self.total[k] += together
+            for (gate, _), noise in zip(used, each, strict=True):
+                alone = together
+                if len(used) > 1:
+                    alone = (weight * gaussian_spread(family, f, noise)).sum().detach()
+                self.by_site[gate.name][k] += alone
+
+
+class _Noise:
+    """Output noise of one site at any rate."""
+
+    def __init__(self, gate: Gate, rows: Tensor, n: int) -> None:
+        self.gate, self.rows, self.n = gate, rows, n
+        covariance = self._covariance(0.5)  # λ = 1
+        self.unit = None
+        if isinstance(covariance, GroupCovariance):
+            self.unit = noise_covariance(covariance, rows, n)
+
+    def at(self, p: float) -> Tensor:
+        """K at rate p, (n, m, m)."""
+        if self.unit is not None:
+            return relative_variance(p) * self.unit
+        return noise_covariance(self._covariance(p), self.rows, self.n)
+
+    def _covariance(self, p: float) -> Covariance:
+        law = replace(self.gate.law, p=p)  # type: ignore[type-var]  # laws are dataclasses
+        return covariance_of(Gate(self.gate.name, law, self.gate.tensor), self.rows)
