@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from droplens.penalties import decompose as decompose
     from droplens.penalties import penalty as penalty
     from droplens.penalties import penalty_curve as penalty_curve
+    from droplens.prediction import predict as predict
 
 __version__ = "0.1.0"
 
@@ -41,6 +42,7 @@ _HOMES = {
     "decompose": "penalties",
     "penalty": "penalties",
     "penalty_curve": "penalties",
+    "predict": "prediction",
     "register_site": "discovery",
     "sites": "discovery",
 }

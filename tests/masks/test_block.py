@@ -163,6 +163,14 @@ def test_shared_masks_are_equal_over_channels_and_own_ones_are_not() -> None:
     assert not torch.equal(own[:, 0], own[:, 1])
 
 
+def test_a_first_mask_in_inference_mode_spoils_no_later_one() -> None:
+    law, x = Block(0.875, 2), torch.ones(2, 5, 3, requires_grad=True)
+    with torch.inference_mode():
+        law.sample((2, 5, 3))
+    (x * law.draw(sample_options((2, 5, 3), None, None, None, None)).times(x)).sum().backward()
+    assert x.grad is not None
+
+
 class TestCovariance:
     @pytest.mark.parametrize("shared", [False, True])
     def test_derivatives_and_transforms(self, shared: bool) -> None:

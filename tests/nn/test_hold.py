@@ -137,6 +137,19 @@ class TestHold:
             pass
 
 
+@pytest.mark.parametrize("wrapper", [True, False])
+def test_a_compiled_model_is_held_too(wrapper: bool) -> None:
+    torch._dynamo.reset()
+    model = nn.Sequential(nn.Linear(8, 8), dn.Dropout(0.5))
+    compiled, x = torch.compile(model, backend="eager"), torch.ones(4, 8)
+    compiled(x)
+    with dn.hold(compiled if wrapper else model, seed=0) as masks:
+        assert torch.equal(compiled(x), compiled(x))
+        assert torch.equal(compiled(x), model(x))
+    assert list(masks) == ["1"]
+    assert not torch.equal(compiled(x), compiled(x))
+
+
 class TestCurvature:
     """What hold is for: a network that answers the same twice, differentiated in every way."""
 

@@ -1,5 +1,6 @@
 """Stand at every stochastic call of a forward pass and decide what its mask is."""
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -21,7 +22,7 @@ from droplens.discovery._composites import (
     recur,
 )
 from droplens.discovery._registry import Masking, masking_of
-from droplens.masks import Bernoulli
+from droplens.masks import Bernoulli, Law, Weight
 
 Visit = Callable[[Call, Tensor], Tensor]
 
@@ -96,11 +97,23 @@ class _Interceptor(TorchFunctionMode):
             # composite pass its own override check once, or it would call us for ever.
             with _override_check_passed_once(), self:
                 return func(*args, **kwargs)
+        if func is _our_product():
+            return self._masked(*args, **kwargs)
         if func is ATTENTION:
             return self._attention(Attention(*args, **kwargs))
         if func in RECURRENT and drops_between_layers(args):
             return self._recurrent(func, args)
         return func(*args, **kwargs)
+
+    def _masked(self, x: Tensor, law: Law, training: bool = True, *_: Any, **__: Any) -> Tensor:
+        """A function of droplens.nn, or DropConnect, which multiplies weights."""
+        kind = type(law).__name__
+        name, module_kind = self.tracker.name_call(kind.lower())
+        weights = isinstance(law, Weight)
+        reason = "DropConnect masks weights, not the activations of an example" if weights else None
+        known = None if weights else law
+        call = Call(name, module_kind or kind, known, reason, tuple(x.shape), training)
+        return self.visit(call, x)
 
     def _attention(self, given: Attention) -> Tensor:
         # Numbered also when off, so that a call has one name in every mode.
@@ -131,6 +144,11 @@ class _Interceptor(TorchFunctionMode):
         name, module_kind = self.tracker.name_call(kind.split(".")[-1])
         call = Call(name, module_kind or kind, law, reason, tuple(reading.x.shape), reading.on)
         return self.visit(call, reading.x)
+
+
+def _our_product() -> Any:
+    """The function that every layer of droplens.nn multiplies by its mask in, once imported."""
+    return getattr(sys.modules.get("droplens.nn._apply"), "masked", None)
 
 
 @contextmanager

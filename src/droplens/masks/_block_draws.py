@@ -1,6 +1,7 @@
 """Two ways to draw a block mask of one law: blocks one by one, or a number for every position."""
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -36,12 +37,30 @@ def inverse_mean(
     u: float | Tensor, grid: tuple[int, ...], size: int, options: SampleOptions
 ) -> Tensor:
     """1/μ_a = q^{−c_a} over the grid; 0 at p = 1, and capped where no draw is ever kept."""
-    counts = cover(grid, size).to(device=options.device, dtype=torch.float64)
+    if isinstance(u, float) and eager():
+        return _known_inverse_mean(u, grid, size, options.device, options.dtype)
+    return _inverse_mean(u, grid, size, options.device, options.dtype)
+
+
+def _inverse_mean(
+    u: float | Tensor, grid: tuple[int, ...], size: int, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    counts = cover(grid, size).to(device=device, dtype=torch.float64)
     inverse = torch.exp(u * counts)
     if isinstance(u, Tensor):
         inverse = torch.where(torch.isfinite(u), inverse, 0.0)
     # 0 · inf would be NaN at a dropped position.
-    return inverse.clamp(max=torch.finfo(options.dtype).max).to(options.dtype)
+    return inverse.clamp(max=torch.finfo(dtype).max).to(dtype)
+
+
+@lru_cache(maxsize=64)
+def _known_inverse_mean(
+    u: float, grid: tuple[int, ...], size: int, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """The same, remembered: a layer meets the same few maps again and again."""
+    # An inference tensor would be refused by a later training pass.
+    with torch.inference_mode(False):
+        return _inverse_mean(u, grid, size, device, dtype)
 
 
 def sparse_pays(options: SampleOptions, u: float, grid: tuple[int, ...], size: int) -> bool:
@@ -123,6 +142,7 @@ def _dilate(starts: Tensor, axis: int, length: int, block: int) -> Tensor:
     return covered
 
 
+@lru_cache(maxsize=64)
 def _row_offsets(grid: tuple[int, ...], blocks: tuple[int, ...]) -> Tensor:
     """Where the rows of a block begin, counted from its first corner."""
     offsets = torch.zeros(1, dtype=torch.int64)

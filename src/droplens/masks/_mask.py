@@ -26,7 +26,7 @@ class Mask:
 
     def ratio(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """z/μ, written out."""
-        ratio = self.drawn.to(precise(dtype)) * self.inverse_mean
+        ratio = self._scale(self.drawn.to(precise(dtype)), inplace=False)
         return ratio.to(dtype).expand(shape).contiguous()
 
     def times(self, x: Tensor, inplace: bool = False) -> Tensor:

@@ -20,6 +20,10 @@ class MaskedLayer(_DropoutNd):
     No parameters, no buffers: an old checkpoint loads as before. A subclass of torch's dropout
     base, so that what looks for dropout layers finds it.
 
+    Ranks: without `generator` and `seed`, masks come from torch's global stream, which each process
+    seeds for itself: ranks seeded alike drop alike. With `seed`, data-parallel ranks drop different
+    units though they share the seed, unless `same_on_ranks`.
+
     Args:
         law_of: the law at a rate.
         p: the drop probability; None for a law without one.

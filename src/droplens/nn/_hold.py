@@ -1,5 +1,6 @@
 """Masks that stay: hold them over many calls, look at them, play them back."""
 
+import sys
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -87,8 +88,8 @@ def hold(
     """While open, every call of `model` uses the masks of its first call.
 
     A curvature tool then sees a deterministic network. Every site is held: modules, functions,
-    attention, recurrent layers, DropConnect. Sites that are off stay off. The model is put back
-    as it was on the way out.
+    attention, recurrent layers, DropConnect. Sites that are off stay off. Compiled code runs
+    eagerly meanwhile. The model is put back as it was on the way out.
 
     >>> model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5))
     >>> x = torch.ones(2, 4)
@@ -140,7 +141,12 @@ def _taking(model: nn.Module, masks: Masks) -> Iterator[Masks]:
             return x
         return masks.take(call.name, call.law, call.reason, x).times(x)
 
+    # What torch.compile wraps keeps the names of the module inside.
+    model = getattr(model, "_orig_mod", model)
     with ExitStack() as stack:
+        if "torch._dynamo" in sys.modules:
+            # A graph holds no masks from outside; compiled code runs eagerly meanwhile.
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         for name, module in model.named_modules():
             if isinstance(module, DropConnect):
                 stack.enter_context(_held_weight(module, name, masks))
