@@ -96,13 +96,18 @@ def solve(  # noqa: PLR0913 -- a command's options are its signature
     document = solution_document(
         solution,
         n_examples=len(X),
-        title=f"{data.name}: {', '.join(problem.target_names[:4])} through a layer with dropout",
+        title=f"{data.name}: {', '.join(_names(target)[:4])} through a layer with dropout",
         path=rates,
         seed=seed,
         command=f"droplens solve {data.name} --target {','.join(_names(target))} --p {p:g} "
-        f"--width {r} --block {block}",
+        f"--width {r} --block {block}{_flags(adaptive, intercept, path)}",
     )
     deliver(document, output, json)
+
+
+def _flags(adaptive: bool, intercept: bool, path: bool) -> str:
+    chosen = (("--adaptive", adaptive), ("--intercept", intercept), ("--path", path))
+    return "".join(f" {name}" for name, on in chosen if on)
 
 
 def _names(given: list[str]) -> tuple[str, ...]:

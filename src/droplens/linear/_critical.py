@@ -126,10 +126,14 @@ def smallest_curvature(landscape: Landscape, z: Floats) -> tuple[float, Floats]:
         return float(values[0]), vectors[:, 0].reshape(z.shape)
     from scipy.sparse.linalg import LinearOperator, eigsh
 
-    operator = LinearOperator((size, size), matvec=product, dtype=np.float64)
     start = np.random.default_rng(20180625).standard_normal(size)
-    values, vectors = eigsh(operator, k=1, which="SA", v0=start, ncv=40, tol=1e-9, maxiter=5000)
-    return float(values[0]), vectors[:, 0].reshape(z.shape)
+    operator = LinearOperator((size, size), matvec=product, dtype=np.float64)
+    largest = eigsh(operator, k=1, which="LA", v0=start, tol=1e-2, return_eigenvectors=False)[0]
+    # ARPACK's accuracy is relative to the eigenvalue, and a minimum's smallest is zero: shift it.
+    shift = 1.1 * float(largest) + float(np.linalg.norm(landscape.target))
+    turned = LinearOperator((size, size), matvec=lambda v: shift * v - product(v), dtype=np.float64)
+    values, vectors = eigsh(turned, k=1, which="LA", v0=start, ncv=40, tol=1e-10, maxiter=20000)
+    return shift - float(values[0]), vectors[:, 0].reshape(z.shape)
 
 
 def _balanced(landscape: Landscape, z: Floats) -> Floats:

@@ -50,7 +50,7 @@ def solution_document(
         )
     return Document(
         title=title,
-        subtitle=str(solution),
+        subtitle=_subtitle(solution),
         verdicts=[_attained(solution, n_examples), _rank(solution, n_examples)],
         sections=sections,
         not_measured=missing,
@@ -58,6 +58,14 @@ def solution_document(
         command=command,
         kind="solution",
         numbers=solution_numbers(solution, path) | {"n_examples": n_examples},
+    )
+
+
+def _subtitle(solution: "Solution") -> str:
+    blocks = f", in blocks of {solution.block_size}" if solution.block_size > 1 else ""
+    return (
+        f"The global minimum of one hidden linear layer of width {solution.width} with dropout at "
+        f"p = {format_number(solution.p)}{blocks}."
     )
 
 
@@ -211,9 +219,7 @@ def _path_section(path: "Path") -> Section:
         "When each singular value vanishes",
         f"The first {len(gone)} of {len(sizes)}." if len(gone) < len(sizes) else "",
     )
-    blocks: list[Any] = [table, vanish] if gone else [table]
-    if path.singular_values.size:
-        blocks.insert(0, _path_figure(path, table))
+    blocks: list[Any] = [_path_figure(path, table), vanish] if gone else [table]
     return Section("Which singular values survive at which rate", _PATH_TEXT, blocks)
 
 
@@ -255,7 +261,7 @@ def _path_figure(path: "Path", data: Table) -> Figure:
     marker = base.mark_rule(color="var(--ink-soft)", strokeDash=[4, 3]).transform_filter(at)
     label = (
         base.mark_text(align="left", dx=6, dy=-4, baseline="top", color="var(--ink)")
-        .encode(y=alt.value(0), text="left:N")
+        .encode(y=alt.value(8), text="left:N")
         .transform_filter(at)
         .transform_filter("datum.index === 1")
         .transform_calculate(left="'p = ' + format(datum.p, '.3~g') + ': rank ' + datum.rank")
