@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from droplens.cli import demo
+from droplens.cli import demo, solve
 
 app = typer.Typer(
     name="droplens",
@@ -40,6 +40,7 @@ def _root(
 
 
 app.command("demo", epilog=demo.EXAMPLE)(demo.demo)
+app.command("solve", epilog=solve.EXAMPLE)(solve.solve)
 
 
 def main() -> None:

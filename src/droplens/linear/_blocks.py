@@ -18,6 +18,7 @@ from droplens.linear._equalize import equal_columns, product_svd
 _CLOSED: Final = 1e-13  # a gap at rounding level, relative to ‖T‖²/n
 _SWEEPS: Final = 400
 _STARTS: Final = 6
+_PATIENCE: Final = 3  # starts that bring nothing before the search ends
 _SEED: Final = 19860915
 
 
@@ -94,9 +95,12 @@ def block_factors(problem: BlockProblem) -> tuple[Floats, Floats, float]:
     tied = _by_projections(problem, rho)
     best = (problem.value(tied, tied), tied, tied)
     if best[0] - bound > _CLOSED * scale:
+        idle = 0
         for start in _starts(problem, tied):
-            best = min(best, _descend(problem, *start), key=lambda found: found[0])
-            if best[0] - bound <= _CLOSED * scale:
+            found = _descend(problem, *start)
+            idle = 0 if found[0] < best[0] - 1e-10 * scale else idle + 1
+            best = min(best, found, key=lambda each: each[0])
+            if best[0] - bound <= _CLOSED * scale or idle == _PATIENCE:
                 break
         outgoing, incoming = _balanced_blocks(best[1], best[2], b)
         best = (problem.value(outgoing, incoming), outgoing, incoming)

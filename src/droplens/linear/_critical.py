@@ -31,7 +31,7 @@ class CriticalPoint:
     gradient_norm: float
     """‖∇L‖_F at the point."""
     smallest_curvature: float
-    """Smallest eigenvalue of the Hessian, after rebalancing."""
+    """Smallest eigenvalue of the Hessian, after rebalancing; NaN if Lanczos did not converge."""
     escape: Factors | None
     """A direction of unit norm, from the point as given, that lowers L; None at a minimum."""
     point: Factors
@@ -114,7 +114,7 @@ def least_value(landscape: Landscape, width: int) -> float:
 
 
 def smallest_curvature(landscape: Landscape, z: Floats) -> tuple[float, Floats]:
-    """The smallest eigenvalue of the Hessian at z, and its direction."""
+    """The smallest eigenvalue of the Hessian at z, and its direction; NaN if it did not converge."""
     size = z.size
 
     def product(flat: Floats) -> Floats:
@@ -124,12 +124,19 @@ def smallest_curvature(landscape: Landscape, z: Floats) -> tuple[float, Floats]:
         hessian = np.stack([product(row) for row in np.eye(size)])
         values, vectors = np.linalg.eigh((hessian + hessian.T) / 2)
         return float(values[0]), vectors[:, 0].reshape(z.shape)
-    from scipy.sparse.linalg import LinearOperator, eigsh
+    from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 
-    operator = LinearOperator((size, size), matvec=product, dtype=np.float64)
     start = np.random.default_rng(20180625).standard_normal(size)
-    values, vectors = eigsh(operator, k=1, which="SA", v0=start, ncv=40, tol=1e-9, maxiter=5000)
-    return float(values[0]), vectors[:, 0].reshape(z.shape)
+    operator = LinearOperator((size, size), matvec=product, dtype=np.float64)
+    largest = eigsh(operator, k=1, which="LA", v0=start, tol=1e-2, return_eigenvectors=False)[0]
+    # ARPACK's accuracy is relative to the eigenvalue, and a minimum's smallest is zero: shift it.
+    shift = 1.1 * float(largest) + float(np.linalg.norm(landscape.target))
+    turned = LinearOperator((size, size), matvec=lambda v: shift * v - product(v), dtype=np.float64)
+    try:
+        values, vectors = eigsh(turned, k=1, which="LA", v0=start, ncv=40, tol=1e-10, maxiter=20000)
+    except ArpackNoConvergence:
+        return float("nan"), np.zeros_like(z)
+    return shift - float(values[0]), vectors[:, 0].reshape(z.shape)
 
 
 def _balanced(landscape: Landscape, z: Floats) -> Floats:

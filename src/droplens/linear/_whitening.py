@@ -26,7 +26,7 @@ _EPS: Final = float(np.finfo(np.float64).eps)
 # Worst reciprocal condition number (of the scaled C) at which C is good enough by itself. With the
 # data at hand a better route is a QR away; with moments alone eigenvalues take over.
 _WELL_CONDITIONED: Final = 1e-6
-_CHUNK: Final = 2**20  # numbers converted at once
+_CHUNK: Final = 2**18  # numbers converted at once: they stay in the cache
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def whiten_gram(gram: Gram, data: Callable[[], tuple[Floats, Floats]] | None = N
 
 
 def chunks(rows: int, columns: int) -> list[slice]:
-    """Slices of rows that hold about a million numbers each."""
+    """Slices of rows that hold about 2¹⁸ numbers each."""
     step = max(256, _CHUNK // max(columns, 1))
     return [slice(start, start + step) for start in range(0, rows, step)]
 

@@ -22,6 +22,7 @@ from droplens.report._files import check_report, check_target, to_json, write_pa
 from droplens.report._inspection import comparison_document, inspection_document
 from droplens.report._numbers import format_cell, format_number
 from droplens.report._page import MAX_BYTES, render_page
+from droplens.report._solution import solution_document, solution_numbers
 from droplens.report._text import print_verdicts, render_fragment, render_text
 
 __all__ = [
@@ -49,6 +50,8 @@ __all__ = [
     "render_fragment",
     "render_page",
     "render_text",
+    "solution_document",
+    "solution_numbers",
     "spectra",
     "split",
     "to_json",
