@@ -8,17 +8,21 @@ pass, and leaves those streams as they were.
 import math
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from droplens.calling import check_inputs, tensors_in
 
 TARGET_KEYS = ("labels", "label", "targets", "target")
+# torch's default ignore_index.
+IGNORED = -100
 
 # Numbers in one chunk of a data set that is given whole: 8 MB of float32.
 _CHUNK_NUMBERS = 2**21
@@ -40,13 +44,15 @@ class Batches(ABC):
         """One pass over all batches, checked: no empty ones, no NaN, no Inf."""
 
 
-def as_batches(data: Any) -> Batches:
+def as_batches(data: Any, model: nn.Module | None = None) -> Batches:
     """Turn `data` into batches of (inputs, targets).
 
     Accepted: a tensor of inputs; a pair (inputs, targets), where inputs may also be a tuple or
     mapping of tensors; a TensorDataset or any data set of such pairs; a DataLoader, or a sequence
     of batches, each a tensor, a tuple whose last entry is the targets, or a mapping that holds
-    them under "labels" or "targets".
+    them under "labels" or "targets". With a causal language model of Hugging Face as `model`,
+    "labels" are taken as such models take them: unshifted, and compared with the predictions one
+    position earlier.
 
     >>> batch, = as_batches((torch.zeros(5, 2), torch.ones(5)))
     >>> batch.inputs.shape, batch.targets.shape
@@ -58,21 +64,22 @@ def as_batches(data: Any) -> Batches:
     """
     if isinstance(data, Batches):
         return data
+    split = partial(_split, shifted=model is not None and predicts_next_token(model))
     if isinstance(data, Tensor | Mapping):
-        return _Whole(_split(data))
+        return _Whole(split(data))
     if isinstance(data, TensorDataset):
-        return _Whole(_split(data.tensors))
+        return _Whole(split(data.tensors))
     if isinstance(data, Sequence) and not isinstance(data, str) and _is_pair(data):
         return _Whole(Batch(data[0], data[1]))
     if isinstance(data, Dataset) and not isinstance(data, Iterable):
-        return _Loaded(DataLoader(data, batch_size=256))
+        return _Loaded(DataLoader(data, batch_size=256), split)
     if isinstance(data, Iterator):
         raise TypeError(
             f"data is a {type(data).__name__}, which can be read only once; pass a list of "
             "batches or a DataLoader"
         )
     if isinstance(data, Iterable) and not isinstance(data, str):
-        return _Loaded(data)
+        return _Loaded(data, split)
     raise TypeError(
         "data has to be a tensor, a pair (inputs, targets), a data set or a DataLoader, but got "
         f"{type(data).__name__}"
@@ -89,8 +96,18 @@ def _is_pair(data: Sequence[Any]) -> bool:
     return len(data) == 2 and (data[1] is None or isinstance(data[1], Tensor))
 
 
-def _split(item: Any) -> Batch:
+def predicts_next_token(model: nn.Module) -> bool:
+    """Whether this is a causal language model of Hugging Face, by the name of its type."""
+    names = [kind.__name__ for kind in type(model).__mro__]
+    return any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names)
+
+
+def _split(item: Any, shifted: bool = False) -> Batch:
     """Tell inputs from targets in one batch of a loader.
+
+    Args:
+        item: the batch.
+        shifted: whether "labels" (n, T) belong to the predictions one position earlier.
 
     Raises:
         TypeError: if the batch is nothing that holds inputs.
@@ -100,7 +117,10 @@ def _split(item: Any) -> Batch:
     if isinstance(item, Mapping):
         key = next((key for key in TARGET_KEYS if key in item), None)
         inputs = {name: value for name, value in item.items() if name != key}
-        return Batch(inputs, None if key is None else item[key])
+        targets = None if key is None else item[key]
+        if shifted and key == "labels" and isinstance(targets, Tensor) and targets.dim() == 2:
+            targets = F.pad(targets[:, 1:], (0, 1), value=IGNORED)
+        return Batch(inputs, targets)
     if isinstance(item, list | tuple) and item:
         if len(item) == 1:
             return Batch(item[0], None)
@@ -149,21 +169,25 @@ class _Whole(Batches):
 
 
 def rows_of(inputs: Any, rows: slice) -> Any:
-    """The examples `rows` of a batch's inputs."""
+    """The examples `rows` of a batch's inputs; what is not one per example is for all of them."""
+    return _rows_of(inputs, rows, n_examples(inputs))
+
+
+def _rows_of(inputs: Any, rows: slice, n: int) -> Any:
     if isinstance(inputs, Tensor):
-        return inputs[rows]
+        return inputs[rows] if inputs.dim() and len(inputs) == n else inputs
     if isinstance(inputs, Mapping):
-        return {name: rows_of(value, rows) for name, value in inputs.items()}
+        return {name: _rows_of(value, rows, n) for name, value in inputs.items()}
     if isinstance(inputs, list | tuple):
-        return tuple(rows_of(value, rows) for value in inputs)
+        return tuple(_rows_of(value, rows, n) for value in inputs)
     return inputs
 
 
 class _Loaded(Batches):
     """A loader or a list of batches, streamed; every pass starts from the same random state."""
 
-    def __init__(self, loader: Iterable[Any]) -> None:
-        self._loader = loader
+    def __init__(self, loader: Iterable[Any], split: Callable[[Any], Batch]) -> None:
+        self._loader, self._split = loader, split
         self._own = _generators(loader)
         self._start = _Streams()
 
@@ -186,7 +210,7 @@ class _Loaded(Batches):
                     finally:
                         streams = streams.advanced()
                 empty = False
-                yield _checked(_split(item))
+                yield _checked(self._split(item))
         finally:
             for generator, state in zip(self._own, before, strict=True):
                 generator.set_state(state)
@@ -289,11 +313,11 @@ class SameEveryPass(Batches):
             )
 
 
-def checked_passes(data: Any) -> Batches:
+def checked_passes(data: Any, model: nn.Module | None = None) -> Batches:
     """Like `as_batches`, for methods that need every pass to see the same examples."""
-    batches = as_batches(data)
+    batches = as_batches(data, model)
     # Tensors in memory cannot change unasked.
-    return batches if isinstance(batches, _Whole) else SameEveryPass(batches)
+    return batches if isinstance(batches, _Whole | SameEveryPass) else SameEveryPass(batches)
 
 
 def is_one_batch(batches: Batches) -> bool:

@@ -7,6 +7,9 @@ import torch
 from torch import Tensor, nn
 
 
+_HALF = (torch.float16, torch.bfloat16)
+
+
 class ForwardError(RuntimeError):
     """The model's own forward raised; what it raised is the cause."""
 
@@ -16,6 +19,7 @@ def call(model: nn.Module, inputs: Any) -> Any:
 
     Raises:
         ForwardError: if the model's forward raises.
+        ValueError: if it does because inputs and weights differ in device or dtype.
     """
     try:
         if isinstance(inputs, Mapping):
@@ -24,25 +28,77 @@ def call(model: nn.Module, inputs: Any) -> Any:
             return model(*inputs)
         return model(inputs)
     except Exception as error:
+        misfit = _misfit(model, inputs)
+        if misfit is not None:
+            raise ValueError(misfit) from error
         raise ForwardError(f"the model's forward raised {type(error).__name__}: {error}") from error
 
 
 def predictions(model: nn.Module, inputs: Any) -> Tensor:
     """Run `model` and return its predictions as one floating point tensor.
 
+    A mapping of outputs (a dict, Hugging Face's ModelOutput) counts as its "logits"; those of
+    every token, (n, T, C) in such mappings, are laid out as torch's losses want them, (n, C, T).
+
     Raises:
-        TypeError: if the model does not return a tensor.
-        ValueError: if the predictions are not floating point.
+        ForwardError: if the model's forward raises.
+        TypeError: if the model returns neither a tensor nor logits.
+        ValueError: if the predictions are not single or double precision, or the inputs do not
+            fit the weights.
     """
-    outputs = call(model, inputs)
-    if not isinstance(outputs, Tensor):
-        raise TypeError(
-            f"the model returned {type(outputs).__name__}, but one tensor of predictions is "
-            "needed; wrap the model so that its forward returns the predictions alone"
-        )
+    outputs = _one_tensor(call(model, inputs))
     if not outputs.is_floating_point():
         raise ValueError(f"the model's predictions have dtype {outputs.dtype}; floats are needed")
+    weight = next(model.parameters(), outputs)
+    for what, tensor in (("weights", weight), ("predictions", outputs)):
+        if tensor.dtype in _HALF:
+            raise ValueError(_too_coarse(what, tensor.dtype))
     return outputs
+
+
+def _one_tensor(outputs: Any) -> Tensor:
+    if isinstance(outputs, Tensor):
+        return outputs
+    kind = type(outputs).__name__
+    if isinstance(outputs, Mapping):
+        logits = outputs.get("logits")
+        if isinstance(logits, Tensor):
+            return logits.movedim(-1, 1) if logits.dim() == 3 else logits
+        kind = f"{kind} with {', '.join(map(repr, outputs)) or 'nothing in it'}"
+    elif isinstance(outputs, list | tuple):
+        kind = f"{kind} of {len(outputs)}"
+    raise TypeError(
+        f"the model returned a {kind}, but one tensor of predictions is needed (or a mapping with "
+        "'logits'); wrap the model in a module whose forward returns the predictions alone"
+    )
+
+
+def _too_coarse(what: str, dtype: torch.dtype) -> str:
+    return (
+        f"the model's {what} are {dtype}, too coarse for the small differences that dropout "
+        "makes; measure a copy in single precision, copy.deepcopy(model).float(), outside autocast"
+    )
+
+
+def _misfit(model: nn.Module, inputs: Any) -> str | None:
+    """What separates inputs from weights, if something does; asked only after an error."""
+    weight = next((p for p in model.parameters() if p.is_floating_point()), None)
+    if weight is None:
+        return None
+    for tensor in tensors_in(inputs):
+        if tensor.device != weight.device:
+            return (
+                f"inputs are on device {str(tensor.device)!r} but the model's weights on "
+                f"{str(weight.device)!r}; move one of them with .to(device)"
+            )
+        if tensor.is_floating_point() and tensor.dtype != weight.dtype:
+            if weight.dtype in _HALF:
+                return _too_coarse("weights", weight.dtype)
+            return (
+                f"inputs are {tensor.dtype} but the model's weights {weight.dtype}; convert the "
+                f"inputs with .to({weight.dtype})"
+            )
+    return None
 
 
 def tensors_in(inputs: Any) -> list[Tensor]:
@@ -65,13 +121,16 @@ def check_inputs(inputs: Any) -> None:
     """
     tensors = tensors_in(inputs)
     if not tensors:
+        hint = " without tensors (tokenizers: return_tensors='pt')"
         raise TypeError(
-            f"inputs has to be a tensor, a tuple or a mapping of tensors, "
-            f"but got {type(inputs).__name__}"
+            "inputs has to be a tensor, a tuple or a mapping of tensors, but got "
+            f"{type(inputs).__name__}{hint if isinstance(inputs, Mapping) else ''}"
         )
     if any(tensor.numel() == 0 for tensor in tensors):
         raise ValueError("inputs is empty: there is no example to measure on")
     for tensor in tensors:
+        if tensor.is_meta:
+            raise ValueError("inputs is on the meta device, which holds no numbers; pass real data")
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise ValueError("inputs holds NaN or Inf; clean the data first")
 

@@ -96,7 +96,7 @@ def fisher(
     if draws < 1:
         raise ValueError(f"draws has to be at least 1, but got {draws}")
     parameters = trainable(model)
-    batches = as_batches(inputs if targets is None else (inputs, targets))
+    batches = as_batches(inputs if targets is None else (inputs, targets), model)
     family_of, loss_of = family(loss), Loss(loss)
     device = next(iter(parameters.values())).device
     source, used_seed = private_generator(generator, seed, device)

@@ -85,7 +85,7 @@ def flatness(
             or radius, or `filters` is neither of the two.
     """
     loss_of = Loss(loss)
-    data = as_batches(batches)
+    data = as_batches(batches, model)
     steps, used_seed = _directions(model, directions, filters, seed, generator)
     points = _checked_radii(radii)
     parameters = {name: p.detach() for name, p in trainable(model).items()}

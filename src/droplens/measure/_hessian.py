@@ -95,7 +95,7 @@ def hessian(
         raise ValueError(f"probes has to be at least 2, but got {probes}")
     source, used_seed = private_generator(generator, seed)
     with torch.enable_grad(), masks_off(model):
-        H = LossHessian(model, checked_passes(batches), Loss(loss))
+        H = LossHessian(model, checked_passes(batches, model), Loss(loss))
         if top > H.size:
             raise ValueError(f"top is {top}, but the model has only {H.size} trainable numbers")
         if H.size <= _DENSE:

@@ -56,7 +56,7 @@ def interpolation(
             points.
     """
     alphas = _checked_points(points)
-    loss_of, data = Loss(loss), as_batches(batches)
+    loss_of, data = Loss(loss), as_batches(batches, model_a)
     start, end = _states(model_a, model_b)
     states = [_Mixed(start, end, float(alpha)) for alpha in (0.0, 1.0, *alphas)]
     with masks_off(model_a):
