@@ -1,13 +1,15 @@
 """Penalties against a plain training step: `python -m benchmarks.bench_penalty`."""
 
+import statistics
+
 import torch
 from torch import nn
 
 import droplens as dl
-from benchmarks._timing import ratio, row
+from benchmarks._timing import ratio, row, seconds
 from droplens.data import digits
 from droplens.demonstration import trained
-from droplens.gates import open_gates
+from droplens.gates import draw_masks, masks_replaced, open_gates
 
 loss = nn.CrossEntropyLoss()
 
@@ -31,6 +33,39 @@ def value(net, x, method):
         return dl.penalty(net, x, loss, method)
 
 
+def small_cnn():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Dropout2d(0.2),
+        nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Dropout(0.3),
+        nn.Flatten(), nn.Linear(512, 10),
+    )  # fmt: skip
+
+
+def gaussian_over_masks(net, x, y):
+    """Seconds of the Gaussian value over those of masks with the same median error per example.
+
+    The masks' error falls as 1/sqrt(K); K is found from the spread of 400 of them against a
+    long reference run.
+    """
+
+    def spread(draws, seed):
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad(), masks_replaced(net, draw_masks(generator)):
+            outputs = torch.stack([net(x) for _ in range(draws)])
+        return torch.logsumexp(outputs, -1).mean(0) - torch.logsumexp(outputs.mean(0), -1)
+
+    truth = torch.stack([spread(1000, seed) for seed in range(8)]).mean(0)
+    gaussian = value(net, x, "gaussian").per_example * len(x)
+    wanted = float((gaussian - truth).abs().median())
+    short = 400
+    found = float((spread(short, 99) - truth).abs().median())
+    needed = short * (found / wanted) ** 2
+    with_masks = statistics.median(seconds(lambda: spread(100, 1)) for _ in range(3)) / 100
+    ours = statistics.median(seconds(lambda: value(net, x, "gaussian")) for _ in range(9))
+    return ours / (with_masks * needed), needed
+
+
 def main():
     torch.manual_seed(0)
     x, y = digits().train
@@ -42,6 +77,18 @@ def main():
         row(f"penalty value, {method}, demo network, over a plain step", measured, 4)
         measured = ratio(lambda m=method: value(net, x, m), lambda: passes(net, x))
         row(f"penalty value, {method}, over one forward + C backward passes", measured, 1.5)
+    measured = ratio(lambda: value(net, x, "sampled"), lambda: plain_step(net, x, y))
+    row("penalty value, sampled, demo network, over a plain step", measured, 1.7)
+    cnn, images = small_cnn(), x[:256].reshape(-1, 1, 8, 8)
+    for method in ("gaussian", "second_order"):
+        measured = ratio(lambda m=method: value(cnn, images, m), lambda: passes(cnn, images))
+        row(f"penalty value, {method}, small CNN, over forward + C passes", measured, 1.5)
+    measured = ratio(
+        lambda: value(cnn, images, "sampled"), lambda: plain_step(cnn, images, y[:256])
+    )
+    row("penalty value, sampled, small CNN, over a plain step", measured, 1.7)
+    measured, needed = gaussian_over_masks(net, x, y)
+    row(f"Gaussian per example, over {needed:.0f} masks of the same median error", measured, 0.05)
 
 
 if __name__ == "__main__":

@@ -290,6 +290,17 @@ def test_terms_of_one_example_add_up():
         assert whole == pytest.approx(sum(parts) / 2, rel=1e-10)
 
 
+@pytest.mark.parametrize("method", [*METHODS, "sampled"])
+def test_parts_by_example_are_the_penalties_of_single_examples(method):
+    net = deep_network()
+    whole = dl.penalty(net, x, cross_entropy, method, seed=0)
+    torch.testing.assert_close(whole.per_example.sum(), whole.total)
+    assert whole.per_example.shape == (5,)
+    if method != "sampled":
+        alone = [float(dl.penalty(net, x[i : i + 1], cross_entropy, method)) for i in range(5)]
+        assert (5 * whole.per_example).tolist() == pytest.approx(alone, rel=1e-9)
+
+
 def test_class_weights_need_targets_and_weigh_examples():
     net = tail_network()
     loss = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 0.0, 3.0], dtype=torch.float64))

@@ -30,6 +30,7 @@ class Penalty:
         total: differentiable scalar; all sites together.
         by_site: scalar per site, that site alone. Second-order values add up to the total;
             Gaussian values need not.
+        per_example: the total's parts, (n), weighted as the loss weighs examples.
         method: how it was computed.
         approximation: of what order the value is, in words.
         participation: by site, how many equal coins would make the output noise of an example;
@@ -42,6 +43,7 @@ class Penalty:
 
     total: Tensor
     by_site: Mapping[str, Tensor]
+    per_example: Tensor
     method: str
     approximation: str
     participation: Mapping[str, float] = field(default_factory=dict)
@@ -123,18 +125,17 @@ def penalty(  # noqa: PLR0913  # the last five are keywords with defaults
         network = open_network(model, inputs, family, targets, sites)
         if method == "sampled":
             source, used_seed = private_generator(generator, seed, network.f.device)
-            by_site, error = _sampled(network, draws, source, keep)
-            total = sum(by_site.values(), start=network.f.new_zeros(()))
+            by_site, each, error = _sampled(network, draws, source, keep)
         elif method == "second_order" or family.quadratic:
-            by_site = _second_order(network, keep)
-            total = sum(by_site.values(), start=network.f.new_zeros(()))
+            by_site, each = _second_order(network, keep)
         else:
-            total, by_site, counts = _gaussian(network, keep)
+            by_site, each, counts = _gaussian(network, keep)
     if not keep:
-        total, by_site = total.detach(), {k: v.detach() for k, v in by_site.items()}
+        each, by_site = each.detach(), {k: v.detach() for k, v in by_site.items()}
     return Penalty(
-        total,
+        each.sum(),
         by_site,
+        each,
         method,
         _EXACT if family.quadratic and method != "sampled" else _ORDER[method],
         counts,
@@ -158,43 +159,50 @@ def notes_on(network: Network, counts: Mapping[str, float]) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _second_order(network: Network, keep: bool) -> dict[str, Tensor]:
-    """½ Σ_c j_cᵀ C̄ j_c per site, one backward pass per term and column of H^{1/2}."""
+def _nothing(network: Network) -> tuple[dict[str, Tensor], Tensor]:
+    """Zeros to add to: a scalar by site, and a number per example."""
     f = network.f
-    values = {gate.name: f.new_zeros(()) for gate in network.gates}
-    if not values:
-        return values
+    return {gate.name: f.new_zeros(()) for gate in network.gates}, f.new_zeros(len(f))
+
+
+def _second_order(network: Network, keep: bool) -> tuple[dict[str, Tensor], Tensor]:
+    """½ Σ_c j_cᵀ C̄ j_c by site and by example, a backward pass per term and column of H^{1/2}."""
+    f = network.f
+    by_site, total = _nothing(network)
+    if not by_site:
+        return by_site, total
     root = network.family.root(f) * network.weights.sqrt()[..., None, None]  # (n, T, C, C)
     for term in range(f.shape[1]):
         for c in range(f.shape[2]):
             cotangent = torch.zeros_like(f)
             cotangent[:, term] = root[:, term, :, c]
             for name, each in _half_quadratics(network, cotangent, keep).items():
-                values[name] = values[name] + each.sum()
-    return values
+                by_site[name] = by_site[name] + each.sum()
+                total = total + each
+    return by_site, total
 
 
 def _sampled(
     network: Network, draws: int, generator: torch.Generator, keep: bool
-) -> tuple[dict[str, Tensor], float]:
-    """½ sᵀ C̄ s per site for s pulled back from random probes, and the total's error."""
-    f, n = network.f, network.f.shape[0]
-    values = {gate.name: f.new_zeros(()) for gate in network.gates}
-    if not values:
-        return values, 0.0
+) -> tuple[dict[str, Tensor], Tensor, float]:
+    """½ sᵀ C̄ s for s pulled back from random probes, by site and example; the total's error."""
+    by_site, total = _nothing(network)
+    if not by_site:
+        return by_site, total, 0.0
     scale = network.weights.sqrt().unsqueeze(-1)
     found = []
     for _ in range(draws):
-        probe = network.family.probe(f, generator)
-        whole = f.new_zeros(n)
+        probe = network.family.probe(network.f, generator)
+        whole = torch.zeros_like(total)
         for name, each in _half_quadratics(network, scale * probe, keep).items():
-            values[name] = values[name] + each.sum() / draws
-            whole = whole + each.detach()
-        found.append(whole.double())
+            by_site[name] = by_site[name] + each.sum() / draws
+            whole = whole + each
+        total = total + whole / draws
+        found.append(whole.detach().double())
     drawn = torch.stack(found)  # (draws, n), independent over draws and examples
     # One draw shows no spread around its own mean; its square bounds the variance from above.
     variance = drawn.var(0) if draws > 1 else drawn[0].square()
-    return values, float((variance / draws).sum().sqrt())
+    return by_site, total, float((variance / draws).sum().sqrt())
 
 
 def _half_quadratics(network: Network, cotangent: Tensor, keep: bool) -> dict[str, Tensor]:
@@ -208,26 +216,26 @@ def _half_quadratics(network: Network, cotangent: Tensor, keep: bool) -> dict[st
     return found
 
 
-def _gaussian(network: Network, keep: bool) -> tuple[Tensor, dict[str, Tensor], dict[str, float]]:
-    """The Gaussian spread of all sites together and of each alone, and units taking part."""
-    f, family = network.f, network.family
-    values = {gate.name: f.new_zeros(()) for gate in network.gates}
-    if not values:
-        return f.new_zeros(()), values, {}
-    total, counts = f.new_zeros(()), dict[str, float]()
+def _gaussian(network: Network, keep: bool) -> tuple[dict[str, Tensor], Tensor, dict[str, float]]:
+    """The Gaussian spread of each site alone, of all together by example; units taking part."""
+    family, n = network.family, len(network.f)
+    by_site, total = _nothing(network)
+    counts: dict[str, float] = {}
     for term in terms(network, create_graph=keep):
         noises = []
         for gate, rows in zip(network.gates, term.rows, strict=True):
-            noise = noise_covariance(covariance_of(gate, rows), rows, len(f))
+            noise = noise_covariance(covariance_of(gate, rows), rows, n)
             noises.append(noise)
-            spread = (term.weight * gaussian_spread(family, term.f, noise)).sum()
-            values[gate.name] = values[gate.name] + spread
+            alone = term.weight * gaussian_spread(family, term.f, noise)
+            by_site[gate.name] = by_site[gate.name] + alone.sum()
             if gate.name not in counts:
-                counts[gate.name] = participation(gate, rows, len(f))
-        if len(noises) > 1:
+                counts[gate.name] = participation(gate, rows, n)
+        if len(noises) == 1:
+            total = total + alone
+        else:
             joint = torch.stack(noises).sum(0)
-            total = total + (term.weight * gaussian_spread(family, term.f, joint)).sum()
-    return (total if len(values) > 1 else next(iter(values.values()))), values, counts
+            total = total + term.weight * gaussian_spread(family, term.f, joint)
+    return by_site, total, counts
 
 
 def gaussian_spread(family: Family, f: Tensor, covariance: Tensor) -> Tensor:
