@@ -76,6 +76,3 @@ CASES = [
         lambda p: masks.Grouped(p, 2),
     ),
 ]
-
-# Where a coin is 0 or 1/(1 − p), not noise.
-COINS = [case for case in CASES if case.name != "GaussianDropout"]
