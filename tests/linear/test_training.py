@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from droplens import linear
+from droplens import linear, masks
 from droplens.linear import (
     Deterministic,
     DropBlock,
@@ -101,6 +101,15 @@ class TestSchemes:
         for i in range(2):
             alone = scheme.expected(U, V, X[rows[i]], Y[rows[i]])
             torch.testing.assert_close(found[i], alone[i])
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 9])
+def test_dropblock_agrees_with_the_mask_law(size):
+    U, V, X, Y = problem()
+    found = DropBlock(RATES, size).expected(U, V, X, Y)
+    for i, p in enumerate(RATES):
+        law = masks.Block(p, size)
+        assert float(linear.law_objective(U[i], V[i], X, Y, law)) == pytest.approx(float(found[i]))
 
 
 class TestTraining:

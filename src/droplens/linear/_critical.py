@@ -114,7 +114,7 @@ def least_value(landscape: Landscape, width: int) -> float:
 
 
 def smallest_curvature(landscape: Landscape, z: Floats) -> tuple[float, Floats]:
-    """Smallest eigenvalue of the Hessian at z and its direction; NaN if it did not converge."""
+    """The smallest eigenvalue of the Hessian at z (NaN: not converged), and its direction."""
     size = z.size
 
     def product(flat: Floats) -> Floats:
