@@ -19,15 +19,15 @@ def on_a_grid(a, s):
 
 
 @pytest.mark.parametrize("a", [-30.0, -12.0, -5.0, -1.0, 0.0, 0.3, 2.0, 9.0, 30.0])
-@pytest.mark.parametrize("s", [1e-3, 0.1, 0.5, 1.0, 1.499, 1.501, 2.0, 5.0, 20.0])
+@pytest.mark.parametrize("s", [1e-3, 0.1, 0.5, 1.0, 1.5, 1.999, 2.001, 5.0, 20.0])
 def test_softplus_excess(a, s):
     expected = on_a_grid(a, s)
-    for dtype, relative in ((torch.float64, 1e-4), (torch.float32, 1e-3)):
+    for dtype, relative in ((torch.float64, 1e-3), (torch.float32, 2e-3)):
         value = softplus_excess(torch.tensor(a, dtype=dtype), torch.tensor(s * s, dtype=dtype))
         assert float(value) == pytest.approx(expected, abs=1e-6, rel=relative)
 
 
-@pytest.mark.parametrize("variance", [0.0, 1e-8, 0.5, 2.24, 2.26, 30.0])
+@pytest.mark.parametrize("variance", [0.0, 1e-8, 0.5, 3.99, 4.01, 30.0])
 def test_its_derivatives(variance):
     a = torch.tensor([-3.0, 0.0, 2.0], dtype=torch.float64, requires_grad=True)
     v = torch.full((3,), variance, dtype=torch.float64, requires_grad=True)

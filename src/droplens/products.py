@@ -30,7 +30,7 @@ def term_jacobian(
     contrasts: Tensor,
     tensors: Sequence[Tensor],
     create_graph: bool = False,
-) -> tuple[Tensor, ...]:
+) -> tuple[tuple[Tensor, ...], ...]:
     """Rows of J for one term of every example: one backward pass a contrast.
 
     Examples do not mix in a network, so one pass serves all n of them: entry [k, …] for an
@@ -44,14 +44,15 @@ def term_jacobian(
         create_graph: keep the result differentiable.
 
     Returns:
-        For each tensor, its Jacobian (m, *shape).
+        For each tensor, the m rows of its Jacobian, each of its shape. They are not stacked:
+        one large block of fresh memory costs more than the passes over it.
     """
     rows: list[tuple[Tensor, ...]] = []
     for contrast in contrasts:
         cotangent = torch.zeros_like(f)
         cotangent[:, term] = contrast
         rows.append(pull_back(f, cotangent, tensors, create_graph))
-    return tuple(torch.stack(column) for column in zip(*rows, strict=True))
+    return tuple(zip(*rows, strict=True))
 
 
 def differentiable_gradient(value: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -145,7 +145,7 @@ class _Curve:
 class _Noise:
     """Output noise of one site at any rate."""
 
-    def __init__(self, gate: Gate, rows: Tensor, n: int) -> None:
+    def __init__(self, gate: Gate, rows: Sequence[Tensor], n: int) -> None:
         self.gate, self.rows, self.n = gate, rows, n
         covariance = self._covariance(0.5)  # λ = 1
         self.unit = None
@@ -160,4 +160,4 @@ class _Noise:
 
     def _covariance(self, p: float) -> Covariance:
         law = replace(self.gate.law, p=p)  # type: ignore[type-var]  # laws are dataclasses
-        return covariance_of(Gate(self.gate.name, law, self.gate.tensor), self.rows)
+        return covariance_of(Gate(self.gate.name, law, self.gate.tensor), self.rows[0])

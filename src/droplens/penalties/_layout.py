@@ -1,11 +1,16 @@
 """Which elements of a site's tensor belong to which example."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from droplens.gates import Gate
 from droplens.masks import Bernoulli, Covariance, Gaussian
 from droplens.products import pull_back
+
+# Numbers stacked at once: small blocks come from memory that is at hand.
+_CACHED_NUMBERS = 1 << 18
 
 
 def example_axis(f: Tensor, gate: Gate) -> int:
@@ -58,32 +63,38 @@ def check_law_along(gate: Gate, axis: int) -> None:
 
 
 def to_rows(axis: int, scores: Tensor) -> Tensor:
-    """Bring the example axis of `scores` (c, *shape) to the front of the gate's shape."""
-    return scores.movedim(axis + 1, 1) if axis else scores
+    """Bring the example axis of `scores` (*shape) to the front."""
+    return scores.movedim(axis, 0) if axis else scores
 
 
 def covariance_of(gate: Gate, rows: Tensor) -> Covariance:
-    """C̄ of one row of `rows` (c, n_rows, *units), in their dtype.
+    """C̄ of one row of `rows` (n_rows, *units), in their dtype.
 
     Raises:
         ValueError: if p = 1, naming the site.
     """
     try:
-        return gate.law.covariance(rows.shape[2:], device=rows.device, dtype=rows.dtype)
+        return gate.law.covariance(rows.shape[1:], device=rows.device, dtype=rows.dtype)
     except ValueError as error:
         raise ValueError(f"site {gate.name!r}: {error}") from error
 
 
-def noise_covariance(covariance: Covariance, rows: Tensor, n: int) -> Tensor:
-    """K = J_h C̄ J_hᵀ of every example, (n, m, m), from gate scores `rows` (m, n_rows, *units).
+def noise_covariance(covariance: Covariance, rows: Sequence[Tensor], n: int) -> Tensor:
+    """K = J_h C̄ J_hᵀ of every example, (n, m, m), from m gate scores (n_rows, *units).
 
     Rows beyond n (heads, windows) have coins of their own, so their covariances add up.
     """
-    gram = covariance.gram(rows.movedim(0, 1))  # (n_rows, m, m)
-    return gram.unflatten(0, (n, -1)).sum(1) if len(gram) != n else gram
+    n_rows = len(rows[0])
+    size = max(1, _CACHED_NUMBERS // max(1, len(rows) * rows[0][0].numel()))
+    gram = torch.cat(
+        [
+            covariance.gram(torch.stack([row[start : start + size] for row in rows], 1))
+            for start in range(0, n_rows, size)
+        ]
+    )
+    return gram.unflatten(0, (n, -1)).sum(1) if n_rows != n else gram
 
 
 def quadratics(gate: Gate, rows: Tensor, n: int) -> Tensor:
     """sᵀ C̄ s of every example, (n), for one set of scores s in `rows` (n_rows, *units)."""
-    values = covariance_of(gate, rows.unsqueeze(0)).quadratic(rows)
-    return values.reshape(n, -1).sum(1)
+    return covariance_of(gate, rows).quadratic(rows).reshape(n, -1).sum(1)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from droplens.calling import check_inputs, check_outputs
 from droplens.gates import Gate, Opened, open_gates
 from droplens.losses import Family
-from droplens.penalties._layout import check_law_along, example_axis, to_rows
+from droplens.penalties._layout import check_law_along, covariance_of, example_axis, to_rows
 from droplens.products import term_jacobian
 
 # Examples looked at to count how many units share a site's noise.
@@ -104,12 +104,13 @@ def _laid_out(
 class Term:
     """One of the T terms of every example: its natural parameters and the gates' Jacobians.
 
-    `rows` holds (m, n_rows, *units) per gate, examples first; m counts the contrasts of f (n, C).
+    `rows` holds, per gate, m tensors (n_rows, *units), examples first; m counts the contrasts of
+    f (n, C).
     """
 
     f: Tensor
     weight: Tensor
-    rows: tuple[Tensor, ...]
+    rows: tuple[tuple[Tensor, ...], ...]
 
 
 def terms(network: Network, create_graph: bool) -> Iterator[Term]:
@@ -123,22 +124,25 @@ def terms(network: Network, create_graph: bool) -> Iterator[Term]:
     for term in range(f.shape[1] if network.gates else 0):
         scores = term_jacobian(f, term, contrasts, network.tensors, create_graph)
         here = f[:, term] if create_graph else f[:, term].detach()
-        rows = tuple(to_rows(a, s) for a, s in zip(network.axes, scores, strict=True))
+        rows = tuple(
+            tuple(to_rows(axis, score) for score in column)
+            for axis, column in zip(network.axes, scores, strict=True)
+        )
         yield Term(here, network.weights[:, term], rows)
 
 
-def participation(gate: Gate, rows: Tensor, n: int) -> float:
+def participation(gate: Gate, rows: Sequence[Tensor], n: int) -> float:
     """How many equal coins would make the site's output noise, averaged over examples.
 
     (Σt)²/Σt² of t_a = Σ_c j_ca² over an example's coins, examples weighted by their noise. The
     Gaussian value leans on many small contributions, so a small number is a warning.
     """
-    covariance = gate.law.covariance(rows.shape[2:], device=rows.device, dtype=rows.dtype)
-    per_example = rows.shape[1] // n
+    per_example = len(rows[0]) // n
     step = max(1, n // _COUNTED_EXAMPLES) * per_example
-    starts = torch.arange(0, rows.shape[1], step, device=rows.device)
-    picked = (starts[:, None] + torch.arange(per_example, device=rows.device)).flatten()
-    folded = covariance.fold(rows.detach()[:, picked])  # (m, examples · rows, coins)
+    starts = torch.arange(0, len(rows[0]), step, device=rows[0].device)
+    picked = (starts[:, None] + torch.arange(per_example, device=starts.device)).flatten()
+    scores = torch.stack([row.detach()[picked] for row in rows])
+    folded = covariance_of(gate, scores[0]).fold(scores)  # (m, examples · rows, coins)
     shares = folded.square().sum(0).reshape(len(starts), -1)
     whole = shares.sum(1)
     if not bool((whole > 0).any()):

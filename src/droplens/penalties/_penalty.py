@@ -1,8 +1,9 @@
 """What dropout costs without drawing a mask: three evaluations of the spread."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Literal, final
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from droplens.losses import POINTS, Family
 from droplens.losses import family as family_of
 from droplens.penalties._layout import covariance_of, noise_covariance, quadratics, to_rows
-from droplens.penalties._noise import Network, open_network, participation, terms
+from droplens.penalties._noise import Network, Term, open_network, participation, terms
 from droplens.products import pull_back
 from droplens.randomness import private_generator
 
@@ -121,6 +122,7 @@ def penalty(  # noqa: PLR0913  # the last five are keywords with defaults
     family = family_of(loss)
     keep = torch.is_grad_enabled()
     error, used_seed, counts = 0.0, None, dict[str, float]()
+    by_site: Mapping[str, Tensor]
     with torch.enable_grad():
         network = open_network(model, inputs, family, targets, sites)
         if method == "sampled":
@@ -131,7 +133,7 @@ def penalty(  # noqa: PLR0913  # the last five are keywords with defaults
         else:
             by_site, each, counts = _gaussian(network, keep)
     if not keep:
-        each, by_site = each.detach(), {k: v.detach() for k, v in by_site.items()}
+        each = each.detach()
     return Penalty(
         each.sum(),
         by_site,
@@ -210,32 +212,63 @@ def _half_quadratics(network: Network, cotangent: Tensor, keep: bool) -> dict[st
     scores = pull_back(network.f, cotangent, network.tensors, create_graph=keep)
     found = {}
     for gate, axis, score in zip(network.gates, network.axes, scores, strict=True):
-        rows = to_rows(axis, score.unsqueeze(0)).squeeze(0)
-        value = 0.5 * quadratics(gate, rows, network.f.shape[0])
+        value = 0.5 * quadratics(gate, to_rows(axis, score), len(network.f))
         found[gate.name] = value if keep else value.detach()
     return found
 
 
-def _gaussian(network: Network, keep: bool) -> tuple[dict[str, Tensor], Tensor, dict[str, float]]:
+@final
+class WhenAsked(Mapping[str, Tensor]):
+    """Values by site that are computed at the first look: a total needs none of them."""
+
+    def __init__(self, compute: Mapping[str, Callable[[], Tensor]]) -> None:
+        self._compute = compute
+        self._known: dict[str, Tensor] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._known:
+            self._known[name] = self._compute[name]()
+        return self._known[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._compute)
+
+    def __len__(self) -> int:
+        return len(self._compute)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
+
+
+def _gaussian(
+    network: Network, keep: bool
+) -> tuple[Mapping[str, Tensor], Tensor, dict[str, float]]:
     """The Gaussian spread of each site alone, of all together by example; units taking part."""
     family, n = network.family, len(network.f)
-    by_site, total = _nothing(network)
+    _, total = _nothing(network)
     counts: dict[str, float] = {}
+    found: dict[str, list[tuple[Term, Tensor]]] = {gate.name: [] for gate in network.gates}
     for term in terms(network, create_graph=keep):
         noises = []
         for gate, rows in zip(network.gates, term.rows, strict=True):
-            noise = noise_covariance(covariance_of(gate, rows), rows, n)
-            noises.append(noise)
-            alone = term.weight * gaussian_spread(family, term.f, noise)
-            by_site[gate.name] = by_site[gate.name] + alone.sum()
+            noises.append(noise_covariance(covariance_of(gate, rows[0]), rows, n))
             if gate.name not in counts:
                 counts[gate.name] = participation(gate, rows, n)
-        if len(noises) == 1:
-            total = total + alone
-        else:
-            joint = torch.stack(noises).sum(0)
-            total = total + term.weight * gaussian_spread(family, term.f, joint)
-    return by_site, total, counts
+        kept = replace(term, rows=())  # the Jacobians are spent
+        for gate, noise in zip(network.gates, noises, strict=True):
+            found[gate.name].append((kept, noise))
+        joint = torch.stack(noises).sum(0)
+        total = total + term.weight * gaussian_spread(family, term.f, joint)
+
+    def alone(name: str) -> Tensor:
+        with torch.set_grad_enabled(keep):
+            parts = [
+                (term.weight * gaussian_spread(family, term.f, noise)).sum()
+                for term, noise in found[name]
+            ]
+            return torch.stack(parts).sum()
+
+    return WhenAsked({name: partial(alone, name) for name in found}), total, counts
 
 
 def gaussian_spread(family: Family, f: Tensor, covariance: Tensor) -> Tensor:
