@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from droplens import data as data
     from droplens import linear as linear
+    from droplens import losses as losses
     from droplens import masks as masks
     from droplens import measure as measure
     from droplens import nn as nn
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_ROOMS = ("data", "linear", "masks", "measure", "nn", "training")
+_ROOMS = ("data", "linear", "losses", "masks", "measure", "nn", "training")
 
 
 _HOMES = {

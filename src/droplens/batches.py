@@ -78,7 +78,7 @@ def as_batches(data: Any, model: nn.Module | None = None) -> Batches:
             f"data is a {type(data).__name__}, which can be read only once; pass a list of "
             "batches or a DataLoader"
         )
-    if isinstance(data, Iterable) and not isinstance(data, str):
+    if isinstance(data, Iterable) and not isinstance(data, str | nn.Module):
         return _Loaded(data, split)
     raise TypeError(
         "data has to be a tensor, a pair (inputs, targets), a data set or a DataLoader, but got "

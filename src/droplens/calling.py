@@ -1,5 +1,6 @@
 """Calling a stranger's model: inputs in any usual form, one tensor of predictions out."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,7 +28,7 @@ def call(model: nn.Module, inputs: Any) -> Any:
             return model(*inputs)
         return model(inputs)
     except Exception as error:
-        misfit = _misfit(model, inputs)
+        misfit = _misfit(model, inputs, error)
         if misfit is not None:
             raise ValueError(misfit) from error
         raise ForwardError(f"the model's forward raised {type(error).__name__}: {error}") from error
@@ -79,8 +80,10 @@ def _too_coarse(what: str, dtype: torch.dtype) -> str:
     )
 
 
-def _misfit(model: nn.Module, inputs: Any) -> str | None:
-    """What separates inputs from weights, if something does; asked only after an error."""
+def _misfit(model: nn.Module, inputs: Any, error: Exception) -> str | None:
+    """What separates inputs from weights, if that is what torch complains of."""
+    if not isinstance(error, RuntimeError) or not re.search("type|device", str(error)):
+        return None
     weight = next((p for p in model.parameters() if p.is_floating_point()), None)
     if weight is None:
         return None

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from droplens.cli import demo, solve
+from droplens.cli import compare, demo, inspect, solve
 
 app = typer.Typer(
     name="droplens",
@@ -40,6 +40,8 @@ def _root(
 
 
 app.command("demo", epilog=demo.EXAMPLE)(demo.demo)
+app.command("inspect", epilog=inspect.EXAMPLE)(inspect.inspect)
+app.command("compare", epilog=compare.EXAMPLE)(compare.compare)
 app.command("solve", epilog=solve.EXAMPLE)(solve.solve)
 
 

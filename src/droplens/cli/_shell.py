@@ -2,11 +2,13 @@
 
 import functools
 import os
+import shlex
+import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Final, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Annotated, Final, NoReturn, ParamSpec, TypeVar
 
 import typer
 
@@ -62,8 +64,9 @@ SeedOption = Annotated[
 def guarded(command: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
     """Give every way a command can end its exit status, and the reader a line instead of a trace.
 
-    What the library refuses (ValueError, TypeError, OSError) is bad input: one line on standard
-    error, after the traceback where DROPLENS_DEBUG=1 asks for it. Anything else is a defect.
+    What the library refuses (ValueError, TypeError, OSError), and what the user's own model raises
+    (ForwardError), is bad input: one line on standard error, after the traceback where
+    DROPLENS_DEBUG=1 asks for it. Anything else is a defect.
     """
 
     @functools.wraps(command)
@@ -80,17 +83,47 @@ def guarded(command: Callable[Parameters, Result]) -> Callable[Parameters, Resul
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             raise typer.Exit from None
         except (ValueError, TypeError, OSError) as error:
-            if os.environ.get("DROPLENS_DEBUG") == "1":
-                traceback.print_exc()
-            reason = " ".join(str(error).split()) or type(error).__name__
-            typer.echo(f"droplens: error: {reason}", err=True)
-            raise typer.Exit(BAD_INPUT) from error
+            _refuse(error)
         except Exception as error:
+            if _is_forward_error(error):
+                _refuse(error)
             traceback.print_exc()
             typer.echo("droplens: this is a defect of droplens; please report it", err=True)
             raise typer.Exit(DEFECT) from error
 
     return run
+
+
+def _refuse(error: Exception) -> NoReturn:
+    """Leave with one line; call it where `error` is handled.
+
+    Raises:
+        Exit: always.
+    """
+    if os.environ.get("DROPLENS_DEBUG") == "1":
+        traceback.print_exc()
+    reason = " ".join(str(error).split()) or type(error).__name__
+    typer.echo(f"droplens: error: {reason}", err=True)
+    raise typer.Exit(BAD_INPUT) from error
+
+
+def _is_forward_error(error: Exception) -> bool:
+    # It can only have been raised where the room is imported; importing it here costs torch.
+    calling = sys.modules.get("droplens.calling")
+    return calling is not None and isinstance(error, calling.ForwardError)
+
+
+def repeating(command: str, arguments: Sequence[str], **options: object) -> str:
+    """The command line that repeats a result; options that are None are left out.
+
+    >>> repeating("inspect", ["nets.py:make"], loss="mse", held_out=None, seed=3)
+    'droplens inspect nets.py:make --loss mse --seed 3'
+    """
+    words = ["droplens", command, *arguments]
+    for name, value in options.items():
+        if value is not None:
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    return shlex.join(words)
 
 
 @contextmanager

@@ -1,9 +1,19 @@
 """Find every stochastic site of a model, by module and function."""
 
 from droplens.discovery._calls import Call
-from droplens.discovery._guard import guarded, switch_on
+from droplens.discovery._guard import KEPT_IN_EVAL, guarded, switch_on
 from droplens.discovery._intercept import intercept
 from droplens.discovery._registry import register_site
 from droplens.discovery._sites import Site, site_of, sites
 
-__all__ = ["Call", "Site", "guarded", "intercept", "register_site", "site_of", "sites", "switch_on"]
+__all__ = [
+    "KEPT_IN_EVAL",
+    "Call",
+    "Site",
+    "guarded",
+    "intercept",
+    "register_site",
+    "site_of",
+    "sites",
+    "switch_on",
+]

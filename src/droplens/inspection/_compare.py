@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from droplens.batches import Batches, as_batches
+from droplens.batches import Batches, as_batches, checked_passes
 from droplens.estimates import Estimate, mean_estimate
 from droplens.inspection._cost import Cost, SiteCost
 from droplens.inspection._flatness import Scaled, outputs_of, scale_to_loss, scaled_loss
-from droplens.inspection._inspect import RADII, Inspection, Progress, accuracy_of, inspect
+from droplens.inspection._inspect import Inspection, Progress, accuracy_of, inspect
+from droplens.inspection._measures import OFFERED, RADII
 from droplens.inspection._verdicts import Sets, cost_verdicts, sets_verdict
 from droplens.measure import Flatness
 from droplens.measure import flatness as measure_flatness
@@ -146,7 +147,7 @@ def compare(  # noqa: PLR0913  # the last six are keywords with defaults
     """
     sets = _checked_sets(models)
     tell = on_progress or (lambda share, doing: None)
-    batches = as_batches(data)
+    batches = checked_passes(data, next(iter(sets.values()))[0])
     _, used_seed = private_generator(generator, seed)
     count = sum(len(networks) for networks in sets.values())
     inspected: dict[str, tuple[Inspection, ...]] = {}
@@ -229,8 +230,9 @@ def _not_measured(inspected: Mapping[str, Sequence[Inspection]]) -> dict[str, st
     for name, inspections in inspected.items():
         for inspection in inspections:
             for what, why in inspection.not_measured.items():
-                found.setdefault(f"{what} ({name})", why)
-    return found
+                if what not in OFFERED:
+                    found.setdefault(f"{what} ({name})", why)
+    return found | OFFERED
 
 
 def pooled_cost(costs: Sequence[Cost]) -> Cost:
@@ -241,8 +243,9 @@ def pooled_cost(costs: Sequence[Cost]) -> Cost:
     def mean(values: Sequence[Estimate]) -> Estimate:
         return mean_estimate([v.value for v in values], "networks")
 
-    def average(values: Sequence[float]) -> float:
-        return sum(values) / len(values)
+    def average(values: Sequence[float | None]) -> float | None:
+        known = [value for value in values if value is not None]
+        return sum(known) / len(known) if len(known) == len(values) else None
 
     first = costs[0]
     shared = [name for name in first.by_site if all(name in cost.by_site for cost in costs)]
@@ -293,7 +296,7 @@ def _at_equal_loss(
 
 
 def _held_out(sets: Mapping[str, Sequence[nn.Module]], data: Any, loss: nn.Module) -> HeldOut:
-    batches = as_batches(data)
+    batches = as_batches(data, next(iter(sets.values()))[0])
     found = {n: [outputs_of(m, batches) for m in networks] for n, networks in sets.items()}
     examples = sum(len(f) for f, _ in next(iter(found.values()))[0])
     return HeldOut(

@@ -2,15 +2,15 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from droplens.batches import Batches
+from droplens.batches import Batch, Batches
 from droplens.calling import predictions
 from droplens.estimates import Estimate, exact
 from droplens.gates import masks_off
+from droplens.inspection._sizes import MOST_PASSES, Sizes, in_parts, targets_of
 from droplens.losses import family as family_of
 from droplens.penalties import Decomposition, Parts, Penalty, decompose, penalty
 
@@ -24,8 +24,8 @@ class SiteCost:
     gap: Estimate
     spread: Estimate
     shift: Estimate
-    gaussian: float
-    second_order: float
+    gaussian: float | None
+    second_order: float | None
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Cost:
         gap: the mean loss under dropout minus `base`, by Monte Carlo over masks.
         spread: the noise's part of the gap.
         shift: the mean output's part of the gap.
-        gaussian: the spread without masks, for Gaussian output noise.
-        second_order: the spread without masks, to second order.
+        gaussian: the spread without masks, for Gaussian output noise; None where not measured.
+        second_order: the spread without masks, to second order; None where not measured.
         by_site: each site alone.
         draws: masks drawn, for the network and for each site alone.
         seed: repeats the draws.
@@ -49,8 +49,8 @@ class Cost:
     gap: Estimate
     spread: Estimate
     shift: Estimate
-    gaussian: float
-    second_order: float
+    gaussian: float | None
+    second_order: float | None
     by_site: Mapping[str, SiteCost]
     draws: int
     seed: int
@@ -68,8 +68,8 @@ class _Batch:
 
     norm: float
     parts: Decomposition
-    gaussian: Penalty
-    second_order: Penalty
+    gaussian: Penalty | None
+    second_order: Penalty | None
 
 
 def cost_of(
@@ -79,82 +79,85 @@ def cost_of(
     draws: int,
     generator: torch.Generator,
     seed: int,
+    sizes: Sizes,
 ) -> Cost:
     """Cost of dropout over all `batches` of (inputs, targets), none of them held."""
     found = [
-        _batch_cost(model, inputs, targets_of(targets), loss, draws, generator)
-        for inputs, targets in batches
+        _batch_cost(model, part, loss, draws, generator, sizes.passes <= MOST_PASSES)
+        for batch in batches
+        for part in in_parts(batch, sizes.rows(draws))
     ]
     summed = loss.reduction == "sum"
     total = sum(batch.norm for batch in found)
     weights = [1.0 if summed else batch.norm / total for batch in found]
     first = found[0]
     joint = _pooled(weights, [batch.parts for batch in found])
+    values = [
+        [batch.gaussian for batch in found],
+        [batch.second_order for batch in found],
+    ]
     sites = {}
     for name in first.parts.by_site:
         alone = _pooled(weights, [batch.parts.by_site[name] for batch in found])
-        sites[name] = SiteCost(
-            alone.gap,
-            alone.spread,
-            alone.shift,
-            _average(weights, [_site_value(batch.gaussian, name) for batch in found]),
-            _average(weights, [_site_value(batch.second_order, name) for batch in found]),
-        )
+        gaussian, second_order = (_average(weights, [_at(v, name) for v in vs]) for vs in values)
+        sites[name] = SiteCost(alone.gap, alone.spread, alone.shift, gaussian, second_order)
+    gaussian, second_order = (_average(weights, [_total(v) for v in vs]) for vs in values)
+    mixing = {} if first.gaussian is None else first.gaussian.unmeasured
     return Cost(
-        exact(_average(weights, [batch.parts.base.value for batch in found])),
+        exact(sum(w * batch.parts.base.value for w, batch in zip(weights, found, strict=True))),
         joint.gap,
         joint.spread,
         joint.shift,
-        _average(weights, [float(batch.gaussian) for batch in found]),
-        _average(weights, [float(batch.second_order) for batch in found]),
+        gaussian,
+        second_order,
         sites,
         draws,
         seed,
-        first.gaussian.unmeasured,
+        {**first.parts.unmeasured, **mixing},
     )
-
-
-def targets_of(targets: Tensor | None) -> Tensor:
-    """The targets of a batch.
-
-    Raises:
-        ValueError: if it has none.
-    """
-    if targets is None:
-        raise ValueError("data has no targets; pass (inputs, targets) or a loader of such pairs")
-    return targets
 
 
 def _batch_cost(
     model: nn.Module,
-    inputs: Any,
-    targets: Tensor,
+    batch: Batch,
     loss: nn.Module,
     draws: int,
     generator: torch.Generator,
+    without_masks: bool,
 ) -> _Batch:
+    inputs, targets = batch.inputs, targets_of(batch.targets)
     parts = decompose(model, inputs, targets, loss, draws, generator=generator)
     with torch.no_grad():
         with masks_off(model):
             norm = family_of(loss).normalizer(predictions(model, inputs), targets)
+        if not without_masks:
+            return _Batch(norm, parts, None, None)
         gaussian = penalty(model, inputs, loss, "gaussian", targets=targets)
         second_order = penalty(model, inputs, loss, "second_order", targets=targets)
     return _Batch(norm, parts, gaussian, second_order)
 
 
-def _site_value(value: Penalty, name: str) -> float:
-    return float(value.by_site[name]) if name in value.by_site else float("nan")
+def _total(value: Penalty | None) -> float | None:
+    return None if value is None else float(value)
 
 
-def _average(weights: Sequence[float], values: Sequence[float]) -> float:
-    return sum(w * v for w, v in zip(weights, values, strict=True))
+def _at(value: Penalty | None, name: str) -> float | None:
+    return float(value.by_site[name]) if value is not None and name in value.by_site else None
+
+
+def _average(weights: Sequence[float], values: Sequence[float | None]) -> float | None:
+    """The weighted sum, where every batch has a value."""
+    known = [v for v in values if v is not None]
+    if len(known) < len(values):
+        return None
+    return sum(w * v for w, v in zip(weights, known, strict=True))
 
 
 def _pooled(weights: Sequence[float], parts: Sequence[Parts | Decomposition]) -> Parts:
     """Parts of all batches together; batches draw their own masks, so errors are independent."""
 
     def pool(values: Sequence[Estimate]) -> Estimate:
-        value = _average(weights, [v.value for v in values])
+        value = sum(w * v.value for w, v in zip(weights, values, strict=True))
         errors = [(w * v.standard_error) ** 2 for w, v in zip(weights, values, strict=True)]
         return Estimate(value, sum(errors) ** 0.5, values[0].n, values[0].over)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from droplens.batches import Batches
 from droplens.calling import predictions
 from droplens.gates import masks_off
-from droplens.inspection._cost import targets_of
+from droplens.inspection._sizes import targets_of
 from droplens.losses import family as family_of
 
 
@@ -28,8 +28,7 @@ class Scaled(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """τ·f(x)."""
-        outputs: Tensor = self.network(*args, **kwargs)
-        return self.scale * outputs
+        return self.scale * predictions(self.network, kwargs or args)
 
 
 def scaled_loss(outputs: Sequence[tuple[Tensor, Tensor]], loss: nn.Module, scale: float) -> float:

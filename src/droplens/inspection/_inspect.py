@@ -3,23 +3,31 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from droplens.batches import as_batches
-from droplens.discovery import Site
+from droplens.batches import checked_passes, predicts_next_token
+from droplens.discovery import KEPT_IN_EVAL, Site
 from droplens.discovery import sites as find_sites
-from droplens.inspection._cost import Cost, cost_of, targets_of
+from droplens.inspection._cost import Cost, cost_of
 from droplens.inspection._flatness import outputs_of, scaled_loss
+from droplens.inspection._measures import OFFERED, measures_of
 from droplens.inspection._readers import readers
-from droplens.inspection._verdicts import cost_verdicts, equalisation_verdict
-from droplens.losses import Squared
+from droplens.inspection._sizes import Sizes, sizes_of, targets_of
+from droplens.inspection._verdicts import cost_verdicts, equalisation_verdicts
+from droplens.losses import HessianOnlyError, Squared
 from droplens.losses import family as family_of
-from droplens.measure import Equalization, Fisher, Flatness, Spectrum, equalization, fisher
-from droplens.measure import flatness as measure_flatness
-from droplens.measure import spectrum as measure_spectrum
+from droplens.measure import (
+    Condensation,
+    Equalization,
+    Fisher,
+    Flatness,
+    Hessian,
+    Spectrum,
+    equalization,
+)
 from droplens.randomness import private_generator
 from droplens.verdicts import Verdict
 
@@ -27,9 +35,7 @@ if TYPE_CHECKING:
     from droplens.report import Document
 
 Progress = Callable[[float, str], None]
-Result = TypeVar("Result")
 
-RADII = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
 MODE = "dropout off (drawn explicitly where the text says masks), norm layers in eval"
 
 
@@ -45,7 +51,9 @@ class Inspection:
         equalization: how equal the units of each site are.
         layers: the layer that reads each site's units, by site.
         spectra: singular values of every linear layer's weights, by parameter.
+        condensation: how many directions a layer's neurons point in, by parameter.
         fisher: trace and diagonal of the Fisher information.
+        hessian: trace and largest eigenvalues of the loss's Hessian.
         flatness: loss along random filter-normalised directions.
         verdicts: plain sentences with their rules.
         not_measured: what is missing, and why.
@@ -63,7 +71,9 @@ class Inspection:
     equalization: Mapping[str, Equalization]
     layers: Mapping[str, str]
     spectra: Mapping[str, Spectrum]
+    condensation: Mapping[str, Condensation]
     fisher: Fisher | None
+    hessian: Hessian | None
     flatness: Flatness | None
     verdicts: tuple[Verdict, ...]
     not_measured: Mapping[str, str]
@@ -122,8 +132,10 @@ def inspect(
     masks are named.
 
     Args:
-        model: any torch module whose forward returns one tensor of predictions.
-        data: a pair (inputs, targets), a TensorDataset, or a DataLoader; streamed, never held.
+        model: any torch module whose forward returns one tensor of predictions, or a mapping with
+            "logits".
+        data: a pair (inputs, targets), a TensorDataset, or a DataLoader, also of mappings that hold
+            "labels"; streamed, never held.
         loss: a loss object, such as `nn.CrossEntropyLoss()`.
         draws: masks to draw for the cost, and for that of each site alone.
         directions: random directions for the flatness.
@@ -140,21 +152,26 @@ def inspect(
     """
     tell = on_progress or (lambda share, doing: None)
     family = family_of(loss)
-    batches = as_batches(data)
+    batches = checked_passes(data, model)
     first = next(iter(batches))
     targets_of(first.targets)
     source, used_seed = private_generator(generator, seed)
     tell(0.0, "Finding the sites")
+    mode = _mode(model, data)
     found = find_sites(model, first.inputs)
+    sizes = sizes_of(model, first, family, found)
     not_measured = {f"site {s.name}": s.reason or "" for s in found if s.law is None}
-    dropping = [s for s in found if s.law is not None]
 
     tell(0.05, "Drawing masks")
-    cost = cost_of(model, batches, loss, draws, source, used_seed) if dropping else None
-    if cost is None:
-        not_measured["cost of dropout"] = "the forward pass meets no dropout whose law is known"
+    cost = None
+    if any(site.law is not None for site in found):
+        try:
+            cost = cost_of(model, batches, loss, draws, source, used_seed, sizes)
+            not_measured |= _unpriced(cost, sizes)
+        except HessianOnlyError as error:
+            not_measured["cost of dropout"] = str(error)
     else:
-        not_measured |= {f"penalty at {k}": v for k, v in cost.unmeasured.items()}
+        not_measured["cost of dropout"] = "the forward pass meets no dropout whose law is known"
 
     tell(0.5, "Weighing the units")
     behind, missing = readers(model, batches)
@@ -165,21 +182,14 @@ def inspect(
     }
     layers = {name: reader.layer for name, reader in behind.items()}
 
-    tell(0.6, "Measuring the Fisher information")
-    information = _attempt(not_measured, "Fisher information", lambda: fisher(model, batches, loss))
-    tell(0.75, "Walking along random directions")
-    flat = _attempt(
-        not_measured,
-        "flatness",
-        lambda: measure_flatness(model, batches, loss, directions, RADII, seed=used_seed),
-    )
+    def tell_rest(share: float, doing: str) -> None:
+        tell(0.6 + 0.35 * share, doing)
+
+    left = measures_of(model, batches, loss, sizes, directions, used_seed, not_measured, tell_rest)
     unit = "units of the loss" if isinstance(family, Squared) else "nats"
     outputs = outputs_of(model, batches)
     verdicts = cost_verdicts(cost, unit) if cost is not None else []
-    verdicts += [
-        equalisation_verdict(name, layers[name], e.participation, len(e.scores))
-        for name, e in equal.items()
-    ]
+    verdicts += equalisation_verdicts(equal, layers)
     tell(1.0, "Done")
     return Inspection(
         found,
@@ -188,28 +198,44 @@ def inspect(
         accuracy_of(outputs),
         equal,
         layers,
-        _spectra(model),
-        information,
-        flat,
+        left.spectra,
+        left.condensation,
+        left.fisher,
+        left.hessian,
+        left.flatness,
         tuple(verdicts),
-        not_measured,
+        not_measured | OFFERED,
         sum(len(f) for f, _ in outputs),
         type(loss).__name__,
         unit,
-        MODE,
+        mode,
         used_seed,
     )
 
 
-def _attempt(
-    not_measured: dict[str, str], what: str, measure: Callable[[], Result]
-) -> Result | None:
-    """Run one measure; what it refuses is named on the page instead of losing the rest."""
-    try:
-        return measure()
-    except (ValueError, TypeError, NotImplementedError) as error:
-        not_measured[what] = str(error)
-        return None
+def _mode(model: nn.Module, data: Any) -> str:
+    """In which mode everything is measured, and where that is not the mode the model came in."""
+    said = [MODE]
+    kinds = {
+        type(m).__name__ for m in model.modules() if isinstance(m, KEPT_IN_EVAL) and m.training
+    }
+    if kinds:
+        said.append(f"{', '.join(sorted(kinds))} came in train mode and is measured in eval")
+    if predicts_next_token(model):
+        said.append("labels of a batch are compared with the predictions one position earlier")
+    return "; ".join(said)
+
+
+def _unpriced(cost: Cost, sizes: Sizes) -> dict[str, str]:
+    """What of the cost was left out, and why."""
+    reasons = {f"penalty at {name}": why for name, why in cost.unmeasured.items()}
+    if cost.gaussian is None:
+        reasons["Gaussian and second-order value"] = (
+            f"they take {sizes.passes:,} backward passes over every batch, one for each of "
+            f"{sizes.parameters:,} natural parameters in {sizes.terms:,} terms; "
+            "droplens.penalty(model, inputs, loss) computes them all the same"
+        )
+    return reasons
 
 
 def accuracy_of(outputs: list[tuple[Tensor, Tensor]]) -> float | None:
@@ -218,13 +244,3 @@ def accuracy_of(outputs: list[tuple[Tensor, Tensor]]) -> float | None:
         return None
     right = sum(int((f.argmax(1) == y).sum()) for f, y in outputs)
     return right / sum(y.numel() for _, y in outputs)
-
-
-def _spectra(model: nn.Module) -> dict[str, Spectrum]:
-    """Singular values of the weights of linear and convolution layers, kernels flattened."""
-    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    return {
-        f"{path}.weight" if path else "weight": measure_spectrum(module.weight.detach().flatten(1))
-        for path, module in model.named_modules()
-        if isinstance(module, kinds)
-    }

@@ -4,16 +4,18 @@ Where an error bar reaches the threshold the outcome is "cannot conclude", never
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from droplens.estimates import Estimate, exact, mean_estimate, t_bound, welch
 from droplens.inspection._cost import Cost
+from droplens.measure import Equalization
 from droplens.verdicts import Outcome, Verdict
 
 LEVEL = 0.95
 GAUSSIAN_TOLERANCE = 0.12  # of the Monte-Carlo spread
 EQUALISED_PARTICIPATION = 0.9  # of the units of a site
+MOST_SITES = 4  # that get a sentence each
 
 
 def _percent(share: float) -> str:
@@ -30,11 +32,10 @@ def _against(measured: Estimate, threshold: float) -> Outcome:
 
 def cost_verdicts(cost: Cost, unit: str, who: str = "") -> list[Verdict]:
     """Everything there is to say of a cost; nothing more where the cost itself is open."""
-    return [
-        cost_verdict(cost, unit, who),
-        split_verdict(cost, unit),
-        approximation_verdict(cost),
-    ]
+    verdicts = [cost_verdict(cost, unit, who), split_verdict(cost, unit)]
+    if cost.gaussian is not None and cost.second_order is not None:
+        verdicts.append(approximation_verdict(cost))
+    return verdicts
 
 
 def cost_verdict(cost: Cost, unit: str, who: str = "") -> Verdict:
@@ -103,41 +104,71 @@ def split_verdict(cost: Cost, unit: str) -> Verdict:
 
 
 def approximation_verdict(cost: Cost) -> Verdict:
-    """How far the two values without masks are from the Monte-Carlo spread, and why."""
-    spread = cost.spread
+    """How far the two values without masks are from the Monte-Carlo spread, and why.
+
+    Raises:
+        ValueError: if the cost holds no such values.
+    """
+    spread, gaussian = cost.spread, cost.gaussian
+    if gaussian is None or cost.second_order is None:
+        raise ValueError("cost holds no value without masks to compare")
     if spread.value <= 0:
-        distance = replace(spread, value=math.nan, standard_error=math.nan)
-    else:
-        relative = spread.standard_error * cost.gaussian / spread.value**2
-        distance = replace(
-            spread, value=abs(cost.gaussian / spread.value - 1), standard_error=relative
-        )
+        return _incomparable(cost, gaussian, cost.second_order)
+    relative = spread.standard_error * gaussian / spread.value**2
+    distance = replace(spread, value=abs(gaussian / spread.value - 1), standard_error=relative)
     beyond = _against(distance, GAUSSIAN_TOLERANCE)
     answers: dict[Outcome, Outcome] = {"yes": "no", "no": "yes"}
     return Verdict(
         f"Against Monte Carlo with {cost.draws} masks the Gaussian value is "
-        f"{_off(cost.gaussian, spread)} and the second-order value "
-        f"{_off(cost.second_order, spread)}. {_why(cost)}",
+        f"{_off(gaussian, spread)} and the second-order value "
+        f"{_off(cost.second_order, spread)}. {_why(gaussian, cost.second_order)}"
+        f"{_left_out(cost)}",
         answers.get(beyond, "cannot conclude"),
         "relative distance of the Gaussian value from the Monte-Carlo spread, by its 95% interval",
         GAUSSIAN_TOLERANCE,
         distance,
         spread.n,
         "share of the spread",
-        question="Can the penalty stand for the masks?",
+        question=_STANDS,
         id="approximation",
     )
 
 
+_STANDS = "Can the penalty stand for the masks?"
+
+
+def _incomparable(cost: Cost, gaussian: float, second_order: float) -> Verdict:
+    """Masks too few to see a spread: its truth is never negative."""
+    distance = replace(cost.spread, value=gaussian - cost.spread.value)
+    return Verdict(
+        f"With {cost.draws} masks the spread ({cost.spread}) cannot be told from zero, so the "
+        f"Gaussian value ({gaussian:.4g}) and the second-order value ({second_order:.4g}) cannot "
+        f"be held against it.{_left_out(cost)}",
+        "cannot conclude",
+        "Gaussian value minus the Monte-Carlo spread, comparable where the spread is above zero",
+        0.0,
+        distance,
+        cost.spread.n,
+        "units of the loss",
+        question=_STANDS,
+        id="approximation",
+    )
+
+
+def _left_out(cost: Cost) -> str:
+    """The sites that the masks drop and the values without masks do not know."""
+    missing = [name for name, alone in cost.by_site.items() if alone.gaussian is None]
+    if not missing:
+        return ""
+    return f" Both values leave out {', '.join(map(repr, missing))}, which the masks include."
+
+
 def _off(value: float, spread: Estimate) -> str:
-    if spread.value <= 0:
-        return "not comparable"
     ratio = value / spread.value - 1
     return f"{_percent(abs(ratio))} {'too low' if ratio < 0 else 'too high'}"
 
 
-def _why(cost: Cost) -> str:
-    low, better = cost.second_order, cost.gaussian
+def _why(better: float, low: float) -> str:
     if abs(low - better) <= 0.02 * abs(better):
         return "They agree, so the noise is small against the curvature of the loss."
     if low < better:
@@ -149,6 +180,37 @@ def _why(cost: Cost) -> str:
         "The second order takes the curvature at the undropped output for constant; the noise "
         "carries the outputs to where the loss is flatter."
     )
+
+
+def equalisation_verdicts(
+    equal: Mapping[str, Equalization], layers: Mapping[str, str]
+) -> list[Verdict]:
+    """A verdict a site, or one for all of them where they are many."""
+    each = [
+        equalisation_verdict(name, layers[name], e.participation, len(e.scores))
+        for name, e in equal.items()
+    ]
+    if len(each) <= MOST_SITES:
+        return each
+    shares = [verdict.measured.value for verdict in each]
+    alike = sum(share >= EQUALISED_PARTICIPATION for share in shares)
+    lowest = min(range(len(each)), key=shares.__getitem__)
+    return [
+        Verdict(
+            f"The units are equalised at {alike} of {len(each)} sites. Participations go from "
+            f"{_percent(shares[lowest])} of the units (at {list(equal)[lowest]!r}) to "
+            f"{_percent(max(shares))}.",
+            "yes" if alike == len(each) else "no",
+            f"the smallest participation (Σs)²/Σs² of s_i = ‖u_i‖·rms(h_i) over the sites, at "
+            f"least {_percent(EQUALISED_PARTICIPATION)} of the units",
+            EQUALISED_PARTICIPATION,
+            Estimate(shares[lowest], 0.0, 1, "data held fixed"),
+            len(each),
+            "share of the units",
+            question="Are the units of every site equalised?",
+            id="equalisation",
+        )
+    ]
 
 
 def equalisation_verdict(site: str, layer: str, participation: float, n_units: int) -> Verdict:

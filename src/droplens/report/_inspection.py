@@ -35,6 +35,16 @@ _EQUAL_LOSS_TEXT = (
     "by a number τ ≤ 1, which is the same as scaling its last layer, until all had the loss of "
     "the worst network."
 )
+_CONDENSED_TEXT = (
+    "Neurons of a layer whose input weights (with the bias) point the same way, to a cosine above "
+    "0.95, do the same work up to scale. A greedy cover counts the directions; the weighted count "
+    "is the exponential of the entropy of the neurons' norms over them. Neurons below 1% of the "
+    "largest norm are left out."
+)
+_HESSIAN_TEXT = (
+    "Trace and largest eigenvalues of the Hessian of the loss in all trainable weights. Like the "
+    "Fisher information it fades as confidence grows, so compare networks of one loss only."
+)
 _SPECTRUM_TEXT = (
     "Singular values of every layer's weights. The effective rank is the exponential of their "
     "entropy, the stable rank the squared Frobenius over the squared largest."
@@ -57,9 +67,7 @@ def inspection_document(inspection: Inspection, title: str) -> Document:
         curves = {"this network": [inspection.flatness]}
         figure = _flatness_figure(curves, "Loss along random directions", unit)
         sections.append(Section("How flat is the minimum?", _FLAT_TEXT, [figure]))
-    sections.append(_spectra_section({"this network": [inspection]}))
-    if inspection.fisher is not None:
-        sections.append(_fisher_section({"this network": [inspection]}, unit))
+    sections += _weights_sections({"this network": [inspection]}, unit)
     accuracy = inspection.accuracy
     right = "" if accuracy is None else f", {100 * accuracy:.1f}% right"
     return Document(
@@ -87,9 +95,7 @@ def comparison_document(comparison: Comparison, title: str) -> Document:
     if any(i.equalization for found in sets.values() for i in found):
         sections.append(_equalisation_section(sets))
     sections.append(_flatness_section(comparison))
-    sections.append(_spectra_section(sets))
-    if all(i.fisher is not None for found in sets.values() for i in found):
-        sections.append(_fisher_section(sets, unit))
+    sections += _weights_sections(sets, unit)
     sections.append(_sites_section(first))
     networks = ", ".join(f"{len(found)} {name!r}" for name, found in sets.items())
     return Document(
@@ -141,7 +147,26 @@ def inspection_numbers(inspection: Inspection) -> dict[str, Any]:
             }
             for name, found in inspection.spectra.items()
         },
-        "fisher": None if inspection.fisher is None else {"trace": inspection.fisher.trace},
+        "condensation": {
+            name: {
+                "neurons": len(found.labels),
+                "omitted": found.omitted,
+                "orientations": found.orientations,
+                "effective_ratio": found.effective_ratio,
+                "weighted_orientations": found.weighted_orientations,
+            }
+            for name, found in inspection.condensation.items()
+        },
+        "fisher": None
+        if inspection.fisher is None
+        else {"trace": inspection.fisher.trace, "method": inspection.fisher.method},
+        "hessian": None
+        if inspection.hessian is None
+        else {
+            "trace": inspection.hessian.trace,
+            "top_eigenvalues": inspection.hessian.top_eigenvalues.tolist(),
+            "residuals": inspection.hessian.residuals.tolist(),
+        },
         "flatness": _numbers(inspection.flatness),
     }
 
@@ -237,14 +262,7 @@ def _share(values: Sequence[float | None]) -> Estimate | float | None:
 
 
 def _cost_section(costs: Mapping[str, Cost], unit: str) -> Section:
-    three = {
-        name: {
-            f"Monte Carlo, {cost.draws} masks": cost.spread,
-            "Gaussian": Estimate(cost.gaussian),
-            "second order": Estimate(cost.second_order),
-        }
-        for name, cost in costs.items()
-    }
+    three = {name: _evaluations(cost) for name, cost in costs.items()}
     blocks: list[Any] = [
         _cost_table(costs, unit),
         _spread_table(costs, unit),
@@ -268,6 +286,12 @@ def _cost_section(costs: Mapping[str, Cost], unit: str) -> Section:
             )
         )
     return Section("What does dropout cost?", _COST_TEXT, blocks)
+
+
+def _evaluations(cost: Cost) -> dict[str, Estimate]:
+    without_masks = {"Gaussian": cost.gaussian, "second order": cost.second_order}
+    known = {name: Estimate(value) for name, value in without_masks.items() if value is not None}
+    return {f"Monte Carlo, {cost.draws} masks": cost.spread, **known}
 
 
 def _cost_table(costs: Mapping[str, Cost], unit: str) -> Table:
@@ -319,9 +343,11 @@ def _cost_rows(costs: Mapping[str, Cost]) -> list[tuple[str, Cost | SiteCost]]:
     return rows
 
 
-def _distance(value: float, spread: Estimate) -> float | None:
+def _distance(value: float | None, spread: Estimate) -> float | None:
     """Signed distance from the Monte-Carlo spread in whole and tenth percents."""
-    return round(100 * (value / spread.value - 1), 1) if spread.value > 0 else None
+    if value is None or spread.value <= 0:
+        return None
+    return round(100 * (value / spread.value - 1), 1)
 
 
 def _equalisation_section(sets: Mapping[str, Sequence[Inspection]]) -> Section:
@@ -460,15 +486,77 @@ def _spectra_section(sets: Mapping[str, Sequence[Inspection]]) -> Section:
     return Section("Of what rank are the weights?", _SPECTRUM_TEXT, blocks)
 
 
-def _fisher_section(sets: Mapping[str, Sequence[Inspection]], unit: str) -> Section:
-    rows = [
-        (name, _over([float(i.fisher.trace) for i in found if i.fisher is not None]))
-        for name, found in sets.items()
+def _weights_sections(sets: Mapping[str, Sequence[Inspection]], unit: str) -> list[Section]:
+    """What is measured of the weights: the parts that every network has."""
+    sections = [_spectra_section(sets)]
+    each = [i for found in sets.values() for i in found]
+    if any(i.condensation for i in each):
+        sections.append(_condensation_section(sets))
+    if all(i.fisher is not None for i in each):
+        sections.append(_fisher_section(sets, unit))
+    if all(i.hessian is not None for i in each):
+        sections.append(_hessian_section(sets, unit))
+    return sections
+
+
+def _condensation_section(sets: Mapping[str, Sequence[Inspection]]) -> Section:
+    rows: list[tuple[Any, ...]] = []
+    for name, inspected in sets.items():
+        for layer in inspected[0].condensation:
+            covers = [i.condensation[layer] for i in inspected if layer in i.condensation]
+            rows.append(
+                (
+                    layer,
+                    name,
+                    len(covers[0].labels),
+                    _over([float(c.orientations) for c in covers]),
+                    _over([100 * c.effective_ratio for c in covers]),
+                    _over([c.weighted_orientations for c in covers]),
+                )
+            )
+    rows.sort(key=lambda row: row[0])
+    columns = [
+        Column("layer"),
+        Column("set"),
+        Column("neurons"),
+        Column("directions"),
+        Column("effective ratio", "% of the neurons"),
+        Column("weighted directions"),
     ]
+    table = Table(columns, rows, "Directions of the neurons' weights")
+    return Section("In how many directions do the neurons point?", _CONDENSED_TEXT, [table])
+
+
+def _fisher_section(sets: Mapping[str, Sequence[Inspection]], unit: str) -> Section:
+    informed = {n: [i.fisher for i in found if i.fisher is not None] for n, found in sets.items()}
+    rows = [(name, _pooled([f.trace for f in found])) for name, found in informed.items()]
+    exact = all(f.method == "exact" for found in informed.values() for f in found)
     table = Table(
         [Column("set"), Column("trace of the Fisher information", unit)],
         rows,
-        "Exact, layer by layer, over all classes",
+        "Exact, over all classes" if exact else "Over labels drawn from the model",
         "It fades as confidence grows, so compare it between networks of one loss only.",
     )
     return Section("How sharp are the predictions in the weights?", "", [table])
+
+
+def _hessian_section(sets: Mapping[str, Sequence[Inspection]], unit: str) -> Section:
+    rows = []
+    for name, inspected in sets.items():
+        curved = [i.hessian for i in inspected if i.hessian is not None]
+        tops = zip(*(h.top_eigenvalues.tolist() for h in curved), strict=True)
+        rows.append((name, _pooled([h.trace for h in curved]), *map(_over, tops)))
+    ranks = range(1, len(rows[0]) - 1)
+    columns = [Column("set"), Column("trace", unit), *(Column(f"λ{k}", unit) for k in ranks)]
+    table = Table(
+        columns,
+        rows,
+        "Hessian of the loss, dropout off",
+        "The trace of one network is an estimate over random probes; means over the networks of "
+        "a set come with standard errors over them.",
+    )
+    return Section("How curved is the loss?", _HESSIAN_TEXT, [table])
+
+
+def _pooled(values: Sequence[Estimate]) -> Estimate:
+    return values[0] if len(values) == 1 else mean_estimate([v.value for v in values], "networks")

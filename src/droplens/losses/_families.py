@@ -506,6 +506,9 @@ def family(loss: object) -> Family:
     """
     if isinstance(loss, Family):
         return loss
+    own = getattr(loss, "family", None)
+    if isinstance(own, Family):
+        return own
     known = ", ".join(kind.__name__ for kind in _FAMILIES)
     if isinstance(loss, type):
         raise TypeError(f"loss has to be a loss object, but got the class; write {loss.__name__}()")
@@ -513,6 +516,6 @@ def family(loss: object) -> Family:
     if build is None:
         raise TypeError(
             f"loss {type(loss).__name__} is not one whose A(f) is known ({known}); "
-            "pass one of these, or a droplens.losses.Family of your own"
+            "pass one of these, or describe yours by droplens.losses.from_log_partition"
         )
     return build(loss)

@@ -1,0 +1,72 @@
+"""`droplens inspect`: what dropout does to one network, loss and data set of your own."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from droplens.cli import _load
+from droplens.cli._load import DataOption, DrawsOption, LossOption
+from droplens.cli._shell import (
+    JsonOption,
+    OutputOption,
+    SeedOption,
+    check_output,
+    deliver,
+    guarded,
+    progress,
+    repeating,
+)
+
+EXAMPLE = (
+    "Example:  droplens inspect nets.py:make --weights best.pt --data nets.py:validation "
+    "--loss cross_entropy -o page.html"
+)
+
+
+@guarded
+def inspect(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODULE:FACTORY",
+            help="A function that returns the network and is called without arguments; MODULE is "
+            "importable from here, or a path to a .py file.",
+        ),
+    ],
+    data: DataOption,
+    weights: Annotated[
+        Path | None,
+        typer.Option(
+            "--weights",
+            metavar="FILE",
+            help="Weights to fill the network with: torch.save(model.state_dict(), FILE), or "
+            ".safetensors. Code in the file is not run.",
+        ),
+    ] = None,
+    loss: LossOption = "cross_entropy",
+    draws: DrawsOption = 100,
+    output: OutputOption = None,
+    seed: SeedOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Say what dropout does to a network: where it drops, what it costs, what it left behind.
+
+    Prints the verdicts as a table; -o writes the page. The factories run as ordinary Python code
+    of yours.
+    """
+    check_output(output)
+    with progress("Loading") as on_progress, _load.strangers():
+        network = _load.network(model, weights)
+        given, criterion = _load.data(data), _load.loss_of(loss)
+        from droplens.inspection import inspect as inspect_network
+
+        found = inspect_network(
+            network, given, criterion, draws=draws, seed=seed, on_progress=on_progress
+        )
+    command = repeating(
+        "inspect", [model], data=data, weights=weights, loss=loss, draws=draws, seed=found.seed
+    )
+    document = found.to_document(f"What dropout does to {model}")
+    deliver(replace(document, command=command), output, json)

@@ -1,0 +1,142 @@
+"""The measures of one network's weights and minimum, each of which may be refused alone."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Final, Literal, TypeVar
+
+import torch
+from torch import nn
+
+from droplens.batches import Batches
+from droplens.calling import ForwardError
+from droplens.inspection._sizes import MOST_COVER, MOST_EXACT, MOST_WEIGHTS, Sizes
+from droplens.measure import Condensation, Fisher, Flatness, Hessian, Spectrum, condensation
+from droplens.measure import fisher as measure_fisher
+from droplens.measure import flatness as measure_flatness
+from droplens.measure import hessian as measure_hessian
+from droplens.measure import spectrum as measure_spectrum
+
+Result = TypeVar("Result")
+Tell = Callable[[float, str], None]
+
+RADII: Final = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
+TOP: Final = 3
+_PROBES = 16
+_LABELS = 10
+
+OFFERED: Final = {
+    "interpolation": "not asked for; droplens.measure.interpolation(a, b, data, loss) gives the "
+    "loss on the line between two networks",
+    "a sharper Hessian": "not asked for; droplens.measure.hessian(model, data, loss, top=5) gives "
+    "the trace to 5% and more eigenvalues",
+}
+"""What would take longer than a reader waits, by the name that asks for it."""
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What dropout left behind in the weights; None where a measure was refused."""
+
+    spectra: Mapping[str, Spectrum]
+    condensation: Mapping[str, Condensation]
+    fisher: Fisher | None
+    hessian: Hessian | None
+    flatness: Flatness | None
+
+
+def measures_of(
+    model: nn.Module,
+    batches: Batches,
+    loss: nn.Module,
+    sizes: Sizes,
+    directions: int,
+    seed: int,
+    not_measured: dict[str, str],
+    tell: Tell,
+) -> Measures:
+    """Measure what can be measured; what cannot is added to `not_measured` with the reason."""
+    tell(0.0, "Looking at the weights")
+    spectra, covers = _spectra(model), _condensations(model, not_measured)
+    tell(0.1, "Measuring the Fisher information")
+    method: Literal["exact", "sampled"] = "exact" if sizes.passes <= MOST_EXACT else "sampled"
+    information = _attempt(
+        not_measured,
+        "Fisher information",
+        lambda: measure_fisher(model, batches, loss, method, draws=_LABELS, seed=seed),
+    )
+    tell(0.4, "Measuring the Hessian")
+    curvature = None
+    if sizes.weights > MOST_WEIGHTS:
+        not_measured["Hessian"] = (
+            f"its vectors are too large for a page made in passing ({sizes.weights:,} trainable "
+            "numbers); droplens.measure.hessian(model, data, loss) measures it"
+        )
+    else:
+        curvature = _attempt(
+            not_measured,
+            "Hessian",
+            lambda: measure_hessian(
+                model, batches, loss, min(TOP, sizes.weights), probes=_PROBES, seed=seed
+            ),
+        )
+    tell(0.7, "Walking along random directions")
+    flat = _attempt(
+        not_measured,
+        "flatness",
+        lambda: measure_flatness(model, batches, loss, directions, RADII, seed=seed),
+    )
+    return Measures(spectra, covers, information, curvature, flat)
+
+
+def _attempt(
+    not_measured: dict[str, str], what: str, measure: Callable[[], Result]
+) -> Result | None:
+    """Run one measure; what it refuses is named on the page instead of losing the rest.
+
+    Raises:
+        ForwardError: if the model's forward raises, which no measure can mend.
+    """
+    try:
+        return measure()
+    except ForwardError:
+        raise
+    # torch reports a missing second derivative as a RuntimeError.
+    except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
+        not_measured[what] = str(error)
+        return None
+
+
+def _layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Linear and convolution layers by the name of their weight."""
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    return {
+        f"{path}.weight" if path else "weight": module
+        for path, module in model.named_modules()
+        if isinstance(module, kinds)
+    }
+
+
+def _spectra(model: nn.Module) -> dict[str, Spectrum]:
+    """Singular values of the weights of every layer, kernels flattened."""
+    return {
+        name: measure_spectrum(layer.get_parameter("weight").detach().flatten(1))
+        for name, layer in _layers(model).items()
+    }
+
+
+def _condensations(model: nn.Module, not_measured: dict[str, str]) -> dict[str, Condensation]:
+    """Orientations of every layer's neurons, by their weights with the bias."""
+    found = {}
+    for name, layer in _layers(model).items():
+        rows = layer.get_parameter("weight").detach().flatten(1)
+        bias = dict(layer.named_parameters(recurse=False)).get("bias")
+        if bias is not None:
+            rows = torch.cat([rows, bias.detach().unsqueeze(1)], 1)
+        if len(rows) ** 2 * rows.shape[1] > MOST_COVER:
+            not_measured[f"condensation of {name}"] = (
+                f"{len(rows):,} neurons take too long for a page made in passing; "
+                "droplens.measure.condensation(weights) measures them"
+            )
+            continue
+        found[name] = condensation(rows)
+    return found
