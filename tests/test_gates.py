@@ -101,7 +101,7 @@ def test_a_site_that_is_off_in_train_mode_is_reported_not_opened():
 @pytest.mark.parametrize(
     ("model", "error", "message"),
     [
-        (nn.LSTM(3, 2).double(), TypeError, "the model returned tuple, but one tensor"),
+        (nn.LSTM(3, 2).double(), TypeError, "returned a tuple of 2, but one tensor"),
         (nn.Flatten(), None, ""),
     ],
     ids=["tuple", "no dropout"],
