@@ -18,7 +18,7 @@ from droplens.randomness import private_generator
 Method = Literal["gaussian", "second_order", "sampled"]
 
 # Examples × points × classes evaluated at once: what stays in a core's cache.
-_CACHED_NUMBERS = 1 << 17
+_CACHED_NUMBERS = 1 << 19
 # Fewer equal coins than this do not make Gaussian noise: 10 strong units erred by up to 70%.
 FEW_UNITS = 12.0
 
