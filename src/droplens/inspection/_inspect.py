@@ -16,7 +16,7 @@ from droplens.inspection._flatness import outputs_of, scaled_loss
 from droplens.inspection._measures import OFFERED, measures_of
 from droplens.inspection._readers import readers
 from droplens.inspection._sizes import Sizes, sizes_of, targets_of
-from droplens.inspection._verdicts import cost_verdicts, equalisation_verdicts
+from droplens.inspection._verdicts import MOST_SITES, cost_verdicts, equalisation_verdicts
 from droplens.losses import HessianOnlyError, Squared
 from droplens.losses import family as family_of
 from droplens.measure import (
@@ -175,7 +175,7 @@ def inspect(
 
     tell(0.5, "Weighing the units")
     behind, missing = readers(model, batches)
-    not_measured |= {f"equalisation at {name}": why for name, why in missing.items()}
+    not_measured |= _unweighed(missing)
     equal = {
         name: equalization(reader.outgoing, reader.rms[None], rows="examples")
         for name, reader in behind.items()
@@ -224,6 +224,19 @@ def _mode(model: nn.Module, data: Any) -> str:
     if predicts_next_token(model):
         said.append("labels of a batch are compared with the predictions one position earlier")
     return "; ".join(said)
+
+
+def _unweighed(missing: Mapping[str, str]) -> dict[str, str]:
+    """The sites whose units have no outgoing weights, in one line where they are many."""
+    if len(missing) <= MOST_SITES:
+        return {f"equalisation at {name}": why for name, why in missing.items()}
+    by_reason: dict[str, list[str]] = {}
+    for name, why in missing.items():
+        by_reason.setdefault(why, []).append(name)
+    return {
+        f"equalisation at {len(names)} sites": f"{why}: {', '.join(names)}"
+        for why, names in by_reason.items()
+    }
 
 
 def _unpriced(cost: Cost, sizes: Sizes) -> dict[str, str]:

@@ -10,6 +10,7 @@ from torch import nn
 from droplens.batches import Batches
 from droplens.calling import ForwardError
 from droplens.inspection._sizes import MOST_COVER, MOST_EXACT, MOST_WEIGHTS, Sizes
+from droplens.layers import weight_matrix, weighted_layers
 from droplens.measure import Condensation, Fisher, Flatness, Hessian, Spectrum, condensation
 from droplens.measure import fisher as measure_fisher
 from droplens.measure import flatness as measure_flatness
@@ -23,6 +24,7 @@ RADII: Final = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
 TOP: Final = 3
 _PROBES = 16
 _LABELS = 10
+_SHOWN = 4
 
 OFFERED: Final = {
     "interpolation": "not asked for; droplens.measure.interpolation(a, b, data, loss) gives the "
@@ -57,6 +59,7 @@ def measures_of(
     """Measure what can be measured; what cannot is added to `not_measured` with the reason."""
     tell(0.0, "Looking at the weights")
     spectra, covers = _spectra(model), _condensations(model, not_measured)
+    not_measured |= _other_weights(model)
     tell(0.1, "Measuring the Fisher information")
     method: Literal["exact", "sampled"] = "exact" if sizes.passes <= MOST_EXACT else "sampled"
     information = _attempt(
@@ -106,29 +109,16 @@ def _attempt(
         return None
 
 
-def _layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Linear and convolution layers by the name of their weight."""
-    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    return {
-        f"{path}.weight" if path else "weight": module
-        for path, module in model.named_modules()
-        if isinstance(module, kinds)
-    }
-
-
 def _spectra(model: nn.Module) -> dict[str, Spectrum]:
     """Singular values of the weights of every layer, kernels flattened."""
-    return {
-        name: measure_spectrum(layer.get_parameter("weight").detach().flatten(1))
-        for name, layer in _layers(model).items()
-    }
+    return {n: measure_spectrum(weight_matrix(m)) for n, m in weighted_layers(model).items()}
 
 
 def _condensations(model: nn.Module, not_measured: dict[str, str]) -> dict[str, Condensation]:
     """Orientations of every layer's neurons, by their weights with the bias."""
     found = {}
-    for name, layer in _layers(model).items():
-        rows = layer.get_parameter("weight").detach().flatten(1)
+    for name, layer in weighted_layers(model).items():
+        rows = weight_matrix(layer)
         bias = dict(layer.named_parameters(recurse=False)).get("bias")
         if bias is not None:
             rows = torch.cat([rows, bias.detach().unsqueeze(1)], 1)
@@ -140,3 +130,22 @@ def _condensations(model: nn.Module, not_measured: dict[str, str]) -> dict[str, 
             continue
         found[name] = condensation(rows)
     return found
+
+
+def _other_weights(model: nn.Module) -> dict[str, str]:
+    """Weight matrices that belong to no layer of a known kind."""
+    # A tensor of two names (tied embeddings) is listed where a layer owns it.
+    known = {id(layer.get_parameter("weight")) for layer in weighted_layers(model).values()}
+    names, kinds = [], set()
+    for path, module in model.named_modules():
+        for local, parameter in module.named_parameters(recurse=False):
+            if parameter.dim() > 1 and id(parameter) not in known:
+                names.append(f"{path}.{local}" if path else local)
+                kinds.add(type(module).__name__)
+    if not names:
+        return {}
+    shown = ", ".join(names[:_SHOWN]) + (
+        f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    )
+    reason = f"{shown}: {', '.join(sorted(kinds))} is no linear or convolution layer"
+    return {"ranks and directions of other weights": reason}

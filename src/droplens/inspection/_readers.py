@@ -12,8 +12,7 @@ from droplens.batches import Batches
 from droplens.calling import call as call_model
 from droplens.discovery import Call
 from droplens.gates import masks_replaced
-
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+from droplens.layers import is_convolution, is_linear, weight_matrix
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class _Watch:
         self.layers: dict[nn.Module, str] = {
             module: path
             for path, module in model.named_modules()
-            if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
+            if is_linear(module) or is_convolution(module)
         }
         self.sites: dict[str, None] = {}
         self.dropped: dict[int, tuple[str, Tensor]] = {}
@@ -81,7 +80,7 @@ class _Watch:
         name, dropped = self.dropped[x.data_ptr()]
         if x.numel() != dropped.numel() or self.found.setdefault(name, layer) is not layer:
             return
-        axis = 1 if isinstance(layer, _CONVOLUTIONS) else x.dim() - 1
+        axis = 1 if is_convolution(layer) else x.dim() - 1
         rows = x.detach().movedim(axis, -1).flatten(0, -2).double()
         self.squares[name] = self.squares.get(name, 0.0) + rows.square().sum(0)
         self.rows[name] = self.rows.get(name, 0) + rows.shape[0]
@@ -94,10 +93,9 @@ class _Watch:
 
 def outgoing_weights(layer: nn.Module, n_units: int) -> Tensor:
     """The weights of a layer as a matrix (d_out, r), a column per unit it reads."""
-    weight = layer.get_parameter("weight").detach()
-    if isinstance(layer, nn.Linear):
-        return weight
-    assert isinstance(layer, _CONVOLUTIONS)
+    if not is_convolution(layer):
+        return weight_matrix(layer)
+    weight = layer.weight.detach()
     # (out, in/groups, *kernel) -> a column per input channel, whatever the groups.
     per_group = n_units // layer.groups
     grouped = weight.reshape(layer.groups, -1, per_group, weight[0, 0].numel())

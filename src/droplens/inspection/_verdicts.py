@@ -121,7 +121,7 @@ def approximation_verdict(cost: Cost) -> Verdict:
     return Verdict(
         f"Against Monte Carlo with {cost.draws} masks the Gaussian value is "
         f"{_off(gaussian, spread)} and the second-order value "
-        f"{_off(cost.second_order, spread)}. {_why(gaussian, cost.second_order)}"
+        f"{_off(cost.second_order, spread)}. {_why(cost, gaussian, cost.second_order)}"
         f"{_left_out(cost)}",
         answers.get(beyond, "cannot conclude"),
         "relative distance of the Gaussian value from the Monte-Carlo spread, by its 95% interval",
@@ -168,18 +168,26 @@ def _off(value: float, spread: Estimate) -> str:
     return f"{_percent(abs(ratio))} {'too low' if ratio < 0 else 'too high'}"
 
 
-def _why(better: float, low: float) -> str:
+def _why(cost: Cost, better: float, low: float) -> str:
     if abs(low - better) <= 0.02 * abs(better):
-        return "They agree, so the noise is small against the curvature of the loss."
-    if low < better:
-        return (
+        why = "They agree, so the noise is small against the curvature of the loss."
+    elif low < better:
+        why = (
             "The second order looks at the loss's curvature where the network already stands, "
             "and a confident softmax is flat there; the noise carries the outputs beyond."
         )
-    return (
-        "The second order takes the curvature at the undropped output for constant; the noise "
-        "carries the outputs to where the loss is flatter."
-    )
+    else:
+        why = (
+            "The second order takes the curvature at the undropped output for constant; the noise "
+            "carries the outputs to where the loss is flatter."
+        )
+    if abs(better / cost.spread.value - 1) > GAUSSIAN_TOLERANCE:
+        why += (
+            " Both take the outputs to move in proportion to the masks and by many small amounts; "
+            "here a few strong units or noise through several layers move them otherwise, so "
+            "Monte Carlo is the number to use."
+        )
+    return why
 
 
 def equalisation_verdicts(

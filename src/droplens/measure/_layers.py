@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.func import functional_call, vjp, vmap
 
+from droplens.layers import is_transposed_linear
+
 LAYERS = (
     nn.Linear,
     nn.Conv1d,
@@ -87,7 +89,7 @@ def watched(model: nn.Module, names: Mapping[int, str]) -> Iterator[Uses]:
 
     try:
         for module in model.modules():
-            if type(module) in LAYERS:
+            if type(module) in LAYERS or is_transposed_linear(module):
                 handles.append(module.register_forward_hook(remember))
         yield uses
     finally:

@@ -11,6 +11,7 @@ from droplens.inspection import Comparison, Cost, HeldOut, Inspection, SiteCost
 from droplens.measure import Equalization, Flatness
 from droplens.report._document import Column, Document, Figure, NotMeasured, Section, Table
 from droplens.report._figures import Curve, bars, dots, lines, spectra, split
+from droplens.report._weights import over, weights_sections
 
 _COST_TEXT = (
     "Under dropout the mean loss is the loss without it plus the gap. The gap is spread + shift: "
@@ -35,24 +36,6 @@ _EQUAL_LOSS_TEXT = (
     "by a number τ ≤ 1, which is the same as scaling its last layer, until all had the loss of "
     "the worst network."
 )
-_CONDENSED_TEXT = (
-    "Neurons of a layer whose input weights (with the bias) point the same way, to a cosine above "
-    "0.95, do the same work up to scale. A greedy cover counts the directions; the weighted count "
-    "is the exponential of the entropy of the neurons' norms over them. Neurons below 1% of the "
-    "largest norm are left out."
-)
-_HESSIAN_TEXT = (
-    "Trace and largest eigenvalues of the Hessian of the loss in all trainable weights. Like the "
-    "Fisher information it fades as confidence grows, so compare networks of one loss only."
-)
-_SPECTRUM_TEXT = (
-    "Singular values of every layer's weights. The effective rank is the exponential of their "
-    "entropy, the stable rank the squared Frobenius over the squared largest."
-)
-
-
-# Layers whose singular values are drawn; the table has them all.
-_MOST_LAYERS = 3
 
 
 def inspection_document(inspection: Inspection, title: str) -> Document:
@@ -67,7 +50,7 @@ def inspection_document(inspection: Inspection, title: str) -> Document:
         curves = {"this network": [inspection.flatness]}
         figure = _flatness_figure(curves, "Loss along random directions", unit)
         sections.append(Section("How flat is the minimum?", _FLAT_TEXT, [figure]))
-    sections += _weights_sections({"this network": [inspection]}, unit)
+    sections += weights_sections({"this network": [inspection]}, unit)
     accuracy = inspection.accuracy
     right = "" if accuracy is None else f", {100 * accuracy:.1f}% right"
     return Document(
@@ -95,7 +78,7 @@ def comparison_document(comparison: Comparison, title: str) -> Document:
     if any(i.equalization for found in sets.values() for i in found):
         sections.append(_equalisation_section(sets))
     sections.append(_flatness_section(comparison))
-    sections += _weights_sections(sets, unit)
+    sections += weights_sections(sets, unit)
     sections.append(_sites_section(first))
     networks = ", ".join(f"{len(found)} {name!r}" for name, found in sets.items())
     return Document(
@@ -218,10 +201,10 @@ def _sets_section(comparison: Comparison) -> Section:
     unit, apart = comparison.unit, comparison.held_out
     rows = []
     for name, found in comparison.sets.items():
-        row: list[Any] = [name, len(found), _over([i.base for i in found])]
+        row: list[Any] = [name, len(found), over([i.base for i in found])]
         row.append(_share([i.accuracy for i in found]))
         if apart is not None:
-            row += [_over(apart.loss[name]), _share(apart.accuracy[name])]
+            row += [over(apart.loss[name]), _share(apart.accuracy[name])]
         rows.append(row)
     columns = [
         Column("set"),
@@ -252,13 +235,9 @@ def _held_out_figure(apart: HeldOut, unit: str) -> Figure:
     )
 
 
-def _over(values: Sequence[float]) -> Estimate | float:
-    return values[0] if len(values) == 1 else mean_estimate(values, "networks")
-
-
 def _share(values: Sequence[float | None]) -> Estimate | float | None:
     known = [100 * v for v in values if v is not None]
-    return _over(known) if len(known) == len(values) and known else None
+    return over(known) if len(known) == len(values) and known else None
 
 
 def _cost_section(costs: Mapping[str, Cost], unit: str) -> Section:
@@ -365,8 +344,8 @@ def _equalisation_section(sets: Mapping[str, Sequence[Inspection]]) -> Section:
                     f"{site} → {found[0].layers[site]}",
                     name,
                     len(equal[0].scores),
-                    _over([e.variation for e in equal]),
-                    _over([e.participation for e in equal]),
+                    over([e.variation for e in equal]),
+                    over([e.participation for e in equal]),
                 )
             )
             values.setdefault(site, {})[name] = (
@@ -412,7 +391,7 @@ def _flatness_section(comparison: Comparison) -> Section:
                 equal.flatness, f"At equal loss ({equal.loss:.4g} {unit})", unit, rise=True
             )
         )
-        rows = [(name, _over(scales)) for name, scales in equal.scales.items()]
+        rows = [(name, over(scales)) for name, scales in equal.scales.items()]
         blocks.append(
             Table([Column("set"), Column("τ")], rows, "What the outputs were multiplied by")
         )
@@ -452,111 +431,3 @@ def _flatness_figure(
         y=f"{'loss increase' if rise else 'loss'} ({unit})",
         caption=f"{directions} directions a network; bands are 95% intervals over {over}.",
     )
-
-
-def _spectra_section(sets: Mapping[str, Sequence[Inspection]]) -> Section:
-    rows = []
-    for name, found in sets.items():
-        for layer in found[0].spectra:
-            each = [i.spectra[layer] for i in found if layer in i.spectra]
-            rows.append(
-                (
-                    layer,
-                    name,
-                    _over([s.nuclear for s in each]),
-                    _over([s.stable_rank for s in each]),
-                    _over([s.effective_rank for s in each]),
-                )
-            )
-    rows.sort(key=lambda row: row[0])
-    columns = [
-        Column("layer"),
-        Column("set"),
-        Column("nuclear norm", "weight"),
-        Column("stable rank"),
-        Column("effective rank"),
-    ]
-    blocks: list[Any] = [Table(columns, rows, "Ranks of the weights")]
-    first = {name: found[0].spectra for name, found in sets.items()}
-    layers = list(dict.fromkeys(layer for spectra_ in first.values() for layer in spectra_))
-    caption = "Of the first network of each set." if len(sets) > 1 else ""
-    for layer in layers[:_MOST_LAYERS]:
-        curves = {n: s[layer].singular_values.tolist() for n, s in first.items() if layer in s}
-        blocks.append(spectra(curves, title=f"Singular values of {layer}", caption=caption))
-    return Section("Of what rank are the weights?", _SPECTRUM_TEXT, blocks)
-
-
-def _weights_sections(sets: Mapping[str, Sequence[Inspection]], unit: str) -> list[Section]:
-    """What is measured of the weights: the parts that every network has."""
-    sections = [_spectra_section(sets)]
-    each = [i for found in sets.values() for i in found]
-    if any(i.condensation for i in each):
-        sections.append(_condensation_section(sets))
-    if all(i.fisher is not None for i in each):
-        sections.append(_fisher_section(sets, unit))
-    if all(i.hessian is not None for i in each):
-        sections.append(_hessian_section(sets, unit))
-    return sections
-
-
-def _condensation_section(sets: Mapping[str, Sequence[Inspection]]) -> Section:
-    rows: list[tuple[Any, ...]] = []
-    for name, inspected in sets.items():
-        for layer in inspected[0].condensation:
-            covers = [i.condensation[layer] for i in inspected if layer in i.condensation]
-            rows.append(
-                (
-                    layer,
-                    name,
-                    len(covers[0].labels),
-                    _over([float(c.orientations) for c in covers]),
-                    _over([100 * c.effective_ratio for c in covers]),
-                    _over([c.weighted_orientations for c in covers]),
-                )
-            )
-    rows.sort(key=lambda row: row[0])
-    columns = [
-        Column("layer"),
-        Column("set"),
-        Column("neurons"),
-        Column("directions"),
-        Column("effective ratio", "% of the neurons"),
-        Column("weighted directions"),
-    ]
-    table = Table(columns, rows, "Directions of the neurons' weights")
-    return Section("In how many directions do the neurons point?", _CONDENSED_TEXT, [table])
-
-
-def _fisher_section(sets: Mapping[str, Sequence[Inspection]], unit: str) -> Section:
-    informed = {n: [i.fisher for i in found if i.fisher is not None] for n, found in sets.items()}
-    rows = [(name, _pooled([f.trace for f in found])) for name, found in informed.items()]
-    exact = all(f.method == "exact" for found in informed.values() for f in found)
-    table = Table(
-        [Column("set"), Column("trace of the Fisher information", unit)],
-        rows,
-        "Exact, over all classes" if exact else "Over labels drawn from the model",
-        "It fades as confidence grows, so compare it between networks of one loss only.",
-    )
-    return Section("How sharp are the predictions in the weights?", "", [table])
-
-
-def _hessian_section(sets: Mapping[str, Sequence[Inspection]], unit: str) -> Section:
-    rows = []
-    for name, inspected in sets.items():
-        curved = [i.hessian for i in inspected if i.hessian is not None]
-        tops = zip(*(h.top_eigenvalues.tolist() for h in curved), strict=True)
-        rows.append((name, _pooled([h.trace for h in curved]), *map(_over, tops)))
-    ranks = range(1, len(rows[0]) - 1)
-    columns = [Column("set"), Column("trace", unit), *(Column(f"λ{k}", unit) for k in ranks)]
-    table = Table(
-        columns,
-        rows,
-        "Hessian of the loss, dropout off",
-        "The trace of one network is an estimate over random probes; means over the networks of "
-        "a set come with standard errors over them.",
-    )
-    return Section("How curved is the loss?", _HESSIAN_TEXT, [table])
-
-
-def _pooled(values: Sequence[Estimate]) -> Estimate:
-    return values[0] if len(values) == 1 else mean_estimate([v.value for v in values], "networks")
