@@ -14,11 +14,16 @@ class ForwardError(RuntimeError):
     """The model's own forward raised; what it raised is the cause."""
 
 
+class SiteError(ValueError):
+    """A stochastic site asks for something impossible, such as a rate of NaN."""
+
+
 def call(model: nn.Module, inputs: Any) -> Any:
     """Run `model` on a tensor, a tuple of positional or a mapping of keyword arguments.
 
     Raises:
         ForwardError: if the model's forward raises.
+        SiteError: if a site's rate or shape is impossible.
         ValueError: if it does because inputs and weights differ in device or dtype.
     """
     try:
@@ -27,6 +32,8 @@ def call(model: nn.Module, inputs: Any) -> Any:
         if isinstance(inputs, list | tuple):
             return model(*inputs)
         return model(inputs)
+    except SiteError:
+        raise
     except Exception as error:
         misfit = _misfit(model, inputs, error)
         if misfit is not None:

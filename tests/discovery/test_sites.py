@@ -197,3 +197,17 @@ def test_the_visitor_decides_what_a_call_returns():
         switch_on(model)
         assert torch.equal(model(torch.zeros(2)), torch.full((2,), 2.0))
     assert torch.equal(model.eval()(torch.zeros(2)), torch.zeros(2))
+
+
+@pytest.mark.parametrize("p", [float("nan"), 1.5, -0.1])
+def test_an_impossible_rate_names_its_site(p):
+    model = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5))
+    model[1].p = p  # torch checks it only when the layer is built
+    with pytest.raises(ValueError, match=r"site '1': dropout probability has to be between 0 and"):
+        dl.sites(model, torch.ones(1, 2))
+
+
+def test_a_law_that_does_not_fit_names_its_site():
+    model = nn.Sequential(nn.Linear(2, 5), dl.nn.GroupedDropout(0.5, 2))
+    with pytest.raises(ValueError, match="site '1': size has to divide the last unit axis"):
+        dl.decompose(model, torch.ones(1, 2), torch.tensor([0]), nn.CrossEntropyLoss(), 2)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from droplens.calling import SiteError
 from droplens.discovery._calls import FUNCTIONS, Call, read_call
 from droplens.discovery._composites import (
     ATTENTION,
@@ -140,7 +141,8 @@ class _Interceptor(TorchFunctionMode):
     def _dropout(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Tensor:
-        reading, kind, law, reason = read_call(func, args, kwargs)
+        with _naming(self.tracker.path() or "the model"):
+            reading, kind, law, reason = read_call(func, args, kwargs)
         name, module_kind = self.tracker.name_call(kind.split(".")[-1])
         call = Call(name, module_kind or kind, law, reason, tuple(reading.x.shape), reading.on)
         return self.visit(call, reading.x)
@@ -207,11 +209,31 @@ def intercept(model: nn.Module, visit: Visit) -> Iterator[Tracker]:
     Yields:
         A tracker that knows where in the module tree the pass is.
     """
+
+    def named(call: Call, x: Tensor) -> Tensor:
+        with _naming(call.name):
+            return visit(call, x)
+
     tracker = Tracker(model)
     with (
         tracker.following(),
-        _masking_modules(tracker, visit),
+        _masking_modules(tracker, named),
         sdpa_kernel(SDPBackend.MATH),
-        _Interceptor(tracker, visit),
+        _Interceptor(tracker, named),
     ):
         yield tracker
+
+
+@contextmanager
+def _naming(site: str) -> Iterator[None]:
+    """Name the site in what its law refuses, so that it is not taken for the forward's fault.
+
+    Raises:
+        SiteError: in place of a ValueError raised inside.
+    """
+    try:
+        yield
+    except SiteError:
+        raise
+    except ValueError as error:
+        raise SiteError(f"site {site!r}: {error}") from error
