@@ -34,6 +34,7 @@ def test_runs(language, code, tmp_path):
     if language == "python":
         assert run([sys.executable, "-W", "error", "-c", code], tmp_path)
         return
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
     for line in code.splitlines():
         if line.startswith("$ "):
             command = shlex.split(line.removeprefix("$ "))

@@ -139,5 +139,13 @@ def test_norm_layers_that_came_in_train_mode_are_named():
     assert "came in train mode" not in seen.mode
 
 
+def test_ignored_labels_do_not_count_as_wrong():
+    found = stranger("gpt2")
+    with torch.no_grad():
+        guesses = found.network.eval()(**found.inputs).logits[:, :-1].argmax(-1)
+    right = float((guesses == found.inputs["input_ids"][:, 1:]).float().mean())
+    assert inspected("gpt2").accuracy == pytest.approx(right)
+
+
 def test_labels_of_a_causal_model_are_said_to_be_shifted():
     assert "compared with the predictions one position earlier" in inspected("gpt2").mode

@@ -301,7 +301,7 @@ def _held_out(sets: Mapping[str, Sequence[nn.Module]], data: Any, loss: nn.Modul
     examples = sum(len(f) for f, _ in next(iter(found.values()))[0])
     return HeldOut(
         {n: tuple(scaled_loss(o, loss, 1.0) for o in each) for n, each in found.items()},
-        {n: tuple(accuracy_of(o) for o in each) for n, each in found.items()},
+        {n: tuple(accuracy_of(o, loss) for o in each) for n, each in found.items()},
         examples,
     )
 

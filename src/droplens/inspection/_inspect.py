@@ -195,7 +195,7 @@ def inspect(
         found,
         cost,
         scaled_loss(outputs, loss, 1.0),
-        accuracy_of(outputs),
+        accuracy_of(outputs, loss),
         equal,
         layers,
         left.spectra,
@@ -251,9 +251,14 @@ def _unpriced(cost: Cost, sizes: Sizes) -> dict[str, str]:
     return reasons
 
 
-def accuracy_of(outputs: list[tuple[Tensor, Tensor]]) -> float | None:
-    """Share of right classes where targets are labels of one class axis."""
+def accuracy_of(outputs: list[tuple[Tensor, Tensor]], loss: nn.Module) -> float | None:
+    """Share of right classes where targets are labels of one class axis, ignored ones aside."""
     if any(y.is_floating_point() or f.shape[:1] + f.shape[2:] != y.shape for f, y in outputs):
         return None
-    right = sum(int((f.argmax(1) == y).sum()) for f, y in outputs)
-    return right / sum(y.numel() for _, y in outputs)
+    ignored = getattr(loss, "ignore_index", None)
+    right = counted = 0
+    for f, y in outputs:
+        used = torch.ones_like(y, dtype=torch.bool) if ignored is None else y != ignored
+        right += int((f.argmax(1) == y)[used].sum())
+        counted += int(used.sum())
+    return right / counted

@@ -1,0 +1,136 @@
+"""Data that a page cannot be made of, however many passes it takes to see that."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import droplens as dl
+from tests.inspection.test_inspect import data, loss, network
+
+x, y = data()
+
+
+class Subset:
+    """A loader that shuffles by a stream of its own and drops its last batch."""
+
+    def __init__(self) -> None:
+        self.stream = np.random.default_rng(0)
+
+    def __iter__(self):
+        order = torch.from_numpy(self.stream.permutation(len(x)))
+        for rows in order[:30].split(15):
+            yield x[rows], y[rows]
+
+
+class Shuffled(Subset):
+    """The same examples in another order every pass."""
+
+    def __iter__(self):
+        order = torch.from_numpy(self.stream.permutation(len(x)))
+        for rows in order.split(15):
+            yield x[rows], y[rows]
+
+
+def test_a_loader_that_gives_other_examples_every_pass_is_refused():
+    with pytest.raises(ValueError, match=r"data changes between passes .* use shuffle=False"):
+        dl.inspect(network(), Subset(), loss, draws=3, directions=1)
+    with pytest.raises(ValueError, match="data changes between passes"):
+        dl.compare({"a": network(), "b": network(0.1)}, Subset(), loss, draws=3, directions=1)
+
+
+def test_another_order_of_the_same_examples_is_none_of_our_business():
+    seen = dl.inspect(network(), Shuffled(), loss, draws=3, directions=1, seed=0)
+    whole = dl.inspect(network(), (x, y), loss, draws=3, directions=1, seed=0)
+    assert seen.base == pytest.approx(whole.base, rel=1e-6)
+    assert seen.cost.gaussian == pytest.approx(whole.cost.gaussian, rel=1e-5)
+    assert seen.hessian is not None
+
+
+weighted = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 3.0]))
+
+
+@pytest.mark.parametrize(
+    "criterion",
+    [
+        weighted,
+        nn.CrossEntropyLoss(ignore_index=0),
+        nn.BCEWithLogitsLoss(pos_weight=torch.tensor([2.0])),
+    ],
+)
+def test_targets_are_asked_for_where_they_weigh_examples(criterion):
+    with pytest.raises(ValueError, match=r"weighs examples by their targets; pass targets="):
+        dl.penalty(network(), x, criterion)
+    with pytest.raises(ValueError, match=r"weighs examples by their targets; pass targets="):
+        dl.measure.fisher(network(), x, criterion)
+
+
+def test_weighted_examples_are_measured_with_their_targets():
+    seen = dl.inspect(network(), (x, y), weighted, draws=3, directions=1, seed=0)
+    expected = float(dl.penalty(network(), x, weighted, targets=y))
+    assert seen.cost.gaussian == pytest.approx(expected, rel=1e-5)
+
+
+class ManyClasses(nn.Module):
+    """More natural parameters than an exact penalty goes through in passing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.drop, self.layer = nn.Dropout(0.5), nn.Linear(6, 2100)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(self.drop(x))
+
+
+def test_what_takes_too_many_passes_is_named(tmp_path):
+    seen = dl.inspect(ManyClasses(), (x[:4], y[:4]), loss, draws=3, directions=1, seed=0)
+    assert seen.cost.gaussian is None
+    assert seen.cost.gap.value != 0
+    reason = seen.not_measured["Gaussian and second-order value"]
+    assert "they take 2,100 backward passes over every batch" in reason
+    assert seen.fisher.method == "sampled"
+    assert seen.fisher.trace.standard_error > 0
+    page = seen.to_html(tmp_path / "page.html").read_text("utf-8")
+    assert "Over labels drawn from the model" in page
+    assert "2,100 backward passes" in page
+    assert {v.id for v in seen.verdicts} >= {"cost", "split"}
+    assert "approximation" not in {v.id for v in seen.verdicts}
+
+
+def test_large_outputs_are_drawn_in_parts(monkeypatch):
+    """Parts have masks of their own; everything that draws none is the same."""
+    from droplens.inspection import _sizes
+
+    whole = dl.inspect(network(), (x, y), loss, draws=50, directions=1, seed=0)
+    monkeypatch.setattr(_sizes, "_MOST_NUMBERS", 50 * 3 * 7)
+    parts = dl.inspect(network(), (x, y), loss, draws=50, directions=1, seed=0)
+    assert parts.cost.gaussian == pytest.approx(whole.cost.gaussian, rel=1e-5)
+    assert parts.cost.base.value == pytest.approx(whole.cost.base.value, rel=1e-5)
+    error = (parts.cost.gap.standard_error**2 + whole.cost.gap.standard_error**2) ** 0.5
+    assert 0 < abs(parts.cost.gap.value - whole.cost.gap.value) <= 4 * error
+
+
+def test_many_sites_share_a_sentence():
+    blocks = [nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Dropout(0.1)) for _ in range(6)]
+    net = nn.Sequential(*blocks, nn.Linear(6, 3))
+    seen = dl.inspect(net, (x, y), loss, draws=3, directions=1, seed=0)
+    (verdict,) = [v for v in seen.verdicts if v.id.startswith("equalisation")]
+    shares = [e.participation / len(e.scores) for e in seen.equalization.values()]
+    assert len(shares) == 6
+    assert verdict.measured.value == pytest.approx(min(shares))
+    assert f"at {sum(s >= 0.9 for s in shares)} of 6 sites" in verdict.sentence
+
+
+def test_few_masks_may_not_see_the_spread():
+    from dataclasses import replace
+
+    from droplens.estimates import Estimate
+    from droplens.inspection._verdicts import approximation_verdict
+
+    cost = dl.inspect(network(), (x, y), loss, draws=3, directions=1, seed=0).cost
+    unseen = replace(cost, spread=Estimate(-1e-4, 2e-4, 3))
+    verdict = approximation_verdict(unseen)
+    assert verdict.outcome == "cannot conclude"
+    assert "cannot be told from zero" in verdict.sentence
+    assert "nan" not in verdict.sentence
