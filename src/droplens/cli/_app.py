@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from droplens.cli import demo
+from droplens.cli import demo, reproduce
 
 app = typer.Typer(
     name="droplens",
@@ -40,6 +40,7 @@ def _root(
 
 
 app.command("demo", epilog=demo.EXAMPLE)(demo.demo)
+app.command("reproduce", epilog=reproduce.EXAMPLE)(reproduce.reproduce)
 
 
 def main() -> None:

@@ -1,0 +1,5 @@
+"""P4."""
+
+from droplens.papers._claim import Claim
+
+CLAIMS: tuple[Claim, ...] = ()
