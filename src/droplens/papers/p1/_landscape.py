@@ -185,10 +185,10 @@ CLAIMS = (
         source="P1, Theorem on the landscape: λ < r s_r/(Σ_{i≤r} s_i − r s_r)",
         settings={
             "test": _settings((2,), 3, 0.7, True),
-            "laptop": _settings((2, 3, 4), 20, 0.7, True) + _settings((2, 3), 20, 0.1, True),
+            "laptop": _settings((2, 3, 4), 8, 0.7, True) + _settings((2, 3), 8, 0.1, True),
             "paper": _settings((2, 3, 4), 100, 0.7, True) + _settings((2, 3), 100, 0.1, True),
         },
-        seeds={"test": 12, "laptop": 12, "paper": 20},
+        seeds={"test": 12, "laptop": 6, "paper": 20},
         measure=measure_exceptions,
         criterion=Criterion(
             value="share of critical points that are exceptions", expected=0.0, high=1e-3
@@ -206,9 +206,9 @@ CLAIMS = (
         settings={
             "test": _settings((2,), 3, 5.0, True) + _settings((2,), 3, 3.0, False),
             "laptop": [
-                *_settings((2, 3, 4), 20, 5.0, True),
-                *_settings((2, 3), 20, 3.0, False),
-                *_settings((2, 3), 20, 0.5, False),
+                *_settings((2, 3, 4), 8, 5.0, True),
+                *_settings((2, 3), 8, 3.0, False),
+                *_settings((2, 3), 8, 0.5, False),
             ],
             "paper": [
                 *_settings((2, 3, 4), 100, 5.0, True),
@@ -216,7 +216,7 @@ CLAIMS = (
                 *_settings((2, 3), 100, 0.5, False),
             ],
         },
-        seeds={"test": 12, "laptop": 12, "paper": 20},
+        seeds={"test": 12, "laptop": 6, "paper": 20},
         measure=measure_exceptions,
         criterion=Criterion(
             value="share of critical points that are exceptions", expected=0.0, high=1e-3

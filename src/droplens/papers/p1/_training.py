@@ -165,7 +165,7 @@ def _grid(widths: Sequence[int], base: Setting, varied: Sequence[Setting] = ()) 
 _SMALL: Setting = {"d_in": 16, "d_out": 24, "decay": 0.3, "start": 0.4}
 _FULL: Setting = {"d_in": 80, "d_out": 120, "decay": 0.1}
 _REACH: Setting = {**_FULL, "start": 0.3, "steps": 3000, "batch": 32, "rate": 0.1}
-_FADE: Setting = {**_FULL, "start": 0.8, "steps": 2500, "batch": 16, "rate": 0.02}
+_FADE: Setting = {**_FULL, "start": 0.8, "steps": 5000, "batch": 16, "rate": 0.02}
 _SLOW: Setting = {**_FADE, "steps": 4000, "rate": 0.01}
 _CHOSEN = (
     "The paper leaves open the decay of the spectrum (ours: exp(−0.1·i), varied to exp(−0.05·i)), "
