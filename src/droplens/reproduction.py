@@ -95,7 +95,7 @@ class Reproduction:
                 one.verdict,
                 "as expected" if one.as_expected else f"expected: {one.claim.expected_verdict}",
                 one.measured,
-                one.claim.criterion.expected,
+                one.claim.criterion.predicted,
                 one.claim.criterion.unit,
             )
             for one in self.judgements
@@ -274,7 +274,7 @@ def _card(judgement: Judgement) -> Section:
             for cell, estimate in zip(judgement.cells, judgement.estimates, strict=True)
         ]
         columns = (Column("setting"), Column("measured", unit), Column("n"))
-        caption = f"{claim.id}: {claim.criterion.value}, predicted {claim.criterion.expected:.4g}"
+        caption = f"{claim.id}: {claim.criterion.value}, predicted {claim.criterion.predicted}"
         blocks.append(Table(columns, rows, caption=caption))
     if claim.figure is not None:
         blocks.append(claim.figure(judgement.cells))

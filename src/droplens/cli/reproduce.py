@@ -158,7 +158,7 @@ def _print(done: "Reproduction", console: "object") -> None:
             Text.assemble((one.claim.id, "bold"), "\n", (one.claim.statement, "dim")),
             Text(one.verdict + mark),
             Text(format_cell(one.measured) + unit),
-            Text(format_cell(one.claim.criterion.expected)),
+            Text(one.claim.criterion.predicted),
         )
     console.print(table)
     for item in done.left_out:

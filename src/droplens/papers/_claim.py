@@ -57,8 +57,8 @@ class Criterion:
 
     value: str
     """What the number is, in words."""
-    expected: float
-    """What the paper predicts for it."""
+    expected: float | None
+    """What the paper predicts for it; None where it predicts no more than the range."""
     low: float = -math.inf
     high: float = math.inf
     unit: str = ""
@@ -69,17 +69,25 @@ class Criterion:
             raise ValueError(f"low and high have to enclose a range, but got {self.low, self.high}")
 
     @property
+    def range(self) -> str:
+        """Where the statement holds, in words."""
+        if self.low == -math.inf:
+            return f"below {self.high:.4g}"
+        if self.high == math.inf:
+            return f"above {self.low:.4g}"
+        return f"between {self.low:.4g} and {self.high:.4g}"
+
+    @property
+    def predicted(self) -> str:
+        """The prediction in words."""
+        return self.range if self.expected is None else f"{self.expected:.4g}"
+
+    @property
     def rule(self) -> str:
         """The criterion in words."""
-        if self.low == -math.inf:
-            where = f"below {self.high:.4g}"
-        elif self.high == math.inf:
-            where = f"above {self.low:.4g}"
-        else:
-            where = f"between {self.low:.4g} and {self.high:.4g}"
         unit = f" {self.unit}" if self.unit else ""
         return (
-            f"the {self.level:.0%} interval of {self.value} lies {where}{unit} at every setting "
+            f"the {self.level:.0%} interval of {self.value} lies {self.range}{unit} at every setting "
             "(does not hold: wholly outside at one; else it cannot be concluded)"
         )
 
@@ -206,7 +214,7 @@ class Judgement:
         """The verdict in words."""
         claim, criterion = self.claim, self.claim.criterion
         unit = f" {criterion.unit}" if criterion.unit else ""
-        said = f"Measured {self.measured}{unit}, predicted {criterion.expected:.4g}{unit}"
+        said = f"Measured {self.measured}{unit}, predicted {criterion.predicted}{unit}"
         if len(self.cells) > 1:
             said += f", at the setting that decides ({self.cells[self.worst].label})"
         said += "."
@@ -243,7 +251,8 @@ class Judgement:
             "expected_verdict": claim.expected_verdict,
             "measured": _finite(measured.value),
             "standard_error": _finite(measured.standard_error),
-            "expected": criterion.expected,
+            "expected": criterion.low if criterion.expected is None else criterion.expected,
+            "predicted": criterion.predicted,
             "n": measured.n,
             "over": measured.over,
             "unit": criterion.unit,

@@ -245,7 +245,7 @@ CLAIMS = (
         measure=measure_faster,
         criterion=Criterion(
             value="fall of log₁₀ variance from λ to the next larger λ, the least of two",
-            expected=0.5,
+            expected=None,
             low=0.0,
             unit="decades",
         ),
