@@ -8,7 +8,20 @@ from pathlib import Path
 from typing import Any, Final
 
 from droplens._plain import plain
-from droplens.papers import BREAKS, PAPERS, Cell, Claim, Judgement, Scale, Theory, find, select
+from droplens.papers import (
+    BREAKS,
+    PAPERS,
+    Cell,
+    Claim,
+    Judgement,
+    Scale,
+    Theory,
+    describe,
+    find,
+    labels,
+    select,
+    shared,
+)
 from droplens.report import (
     Column,
     Document,
@@ -73,7 +86,8 @@ class Reproduction:
 
     def _subtitle(self) -> str:
         counts = Counter(judgement.verdict for judgement in self.judgements)
-        parts = [f"{n} {verdict}" for verdict, n in counts.items()]
+        names = {"holds": "hold", "does not hold": "do not hold"}
+        parts = [f"{n} {names.get(verdict, verdict)}" for verdict, n in counts.items()]
         differ = [one.claim.id for one in self.judgements if not one.as_expected]
         tail = (
             f"These differ from what we expected: {', '.join(differ)}."
@@ -87,16 +101,15 @@ class Reproduction:
         return said
 
     def _summary(self) -> Table:
-        columns = ("claim", "statement", "verdict", "expected", "measured", "predicted", "unit")
+        columns = ("claim", "verdict", "measured", "predicted")
         rows = [
             (
-                one.claim.id,
-                one.claim.statement,
-                one.verdict,
-                "as expected" if one.as_expected else f"expected: {one.claim.expected_verdict}",
+                f"{one.claim.id}: {one.claim.statement}",
+                one.verdict
+                if one.claim.expected_verdict == one.verdict == "holds"
+                else f"{one.verdict} (expected: {one.claim.expected_verdict})",
                 one.measured,
-                one.claim.criterion.predicted,
-                one.claim.criterion.unit,
+                " ".join((one.claim.criterion.predicted, one.claim.criterion.unit)).strip(),
             )
             for one in self.judgements
         ]
@@ -266,12 +279,15 @@ def _card(judgement: Judgement) -> Section:
     text = f"{claim.source}."
     if claim.chosen:
         text += f"\n\n{claim.chosen}"
+    common = describe(shared(judgement.cells))
+    if common:
+        text += f"\n\nAt every setting: {common}."
     blocks: list[Verdict | Table | Figure] = [judgement.to_verdict()]
     if len(judgement.cells) > 1:
         unit = claim.criterion.unit
         rows = [
-            (cell.label, estimate, estimate.n)
-            for cell, estimate in zip(judgement.cells, judgement.estimates, strict=True)
+            (name, estimate, estimate.n)
+            for name, estimate in zip(labels(judgement.cells), judgement.estimates, strict=True)
         ]
         columns = (Column("setting"), Column("measured", unit), Column("n"))
         caption = f"{claim.id}: {claim.criterion.value}, predicted {claim.criterion.predicted}"

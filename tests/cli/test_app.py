@@ -26,7 +26,9 @@ def droplens(*arguments: str, **environment: str) -> subprocess.CompletedProcess
     )
 
 
-@pytest.mark.parametrize("arguments", [("--help",), ("demo", "--help"), ("--version",)])
+@pytest.mark.parametrize(
+    "arguments", [("--help",), ("demo", "--help"), ("reproduce", "--help"), ("--version",)]
+)
 def test_help_imports_nothing_slow(arguments):
     """Help must answer in 0.3 s; what it imports decides that, on any machine."""
     script = (

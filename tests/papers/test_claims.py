@@ -27,7 +27,7 @@ def twins():
             yield pytest.param(claim, broken, marks=marks, id=f"{claim.id}-{broken}")
 
 
-@pytest.mark.parametrize(("claim", "broken"), twins())
+@pytest.mark.parametrize(("claim", "broken"), list(twins()))
 def test_turns_under_a_broken_theory(claim, broken):
     """A claim that survives its broken twin is itself broken; an open verdict is not a turn."""
     judgement = judged(claim, broken)

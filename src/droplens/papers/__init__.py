@@ -10,6 +10,9 @@ from droplens.papers._claim import (
     Numbers,
     Scale,
     Setting,
+    describe,
+    labels,
+    shared,
 )
 from droplens.papers._registry import PAPERS, claims, find, select
 from droplens.papers._theory import BREAKS, Theory
@@ -28,6 +31,9 @@ __all__ = [
     "Setting",
     "Theory",
     "claims",
+    "describe",
     "find",
+    "labels",
     "select",
+    "shared",
 ]

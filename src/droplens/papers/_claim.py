@@ -8,7 +8,7 @@ from typing import Any, Final, Literal, get_args
 
 from droplens.estimates import Estimate, exact, mean_estimate
 from droplens.papers._theory import BREAKS, Theory
-from droplens.report import Figure
+from droplens.report import Figure, format_cell, format_number
 from droplens.verdicts import CANNOT_CONCLUDE, Outcome, Verdict
 
 Scale = Literal["test", "laptop", "paper"]
@@ -31,16 +31,41 @@ class Cell:
     seeds: tuple[int, ...]
     numbers: Numbers
 
-    @property
-    def label(self) -> str:
-        """The setting in a few words, without the device it ran on."""
-        shown = {k: v for k, v in self.setting.items() if k not in {"device", "folder", "scale"}}
-        return ", ".join(f"{key} {_short(value)}" for key, value in shown.items()) or "as stated"
-
     def mean(self, quantity: str) -> list[float]:
         """The mean curve of a quantity over the seeds."""
         curves = self.numbers[quantity]
         return [math.fsum(at) / len(at) for at in zip(*curves, strict=True)]
+
+
+_UNSEEN: Final = ("device", "folder")
+
+
+def labels(cells: Sequence[Cell]) -> list[str]:
+    """What tells each cell's setting from the others', in a few words."""
+    common = shared(cells)
+    found = []
+    for cell in cells:
+        own = {k: v for k, v in cell.setting.items() if k not in common and k not in _UNSEEN}
+        found.append(", ".join(f"{_name(k)} {_short(v)}" for k, v in own.items()) or "as stated")
+    return found
+
+
+def shared(cells: Sequence[Cell]) -> dict[str, Any]:
+    """What all settings have in common."""
+    first, *others = (cell.setting for cell in cells)
+    if not others:
+        return {}
+    missing = object()
+    return {
+        key: value
+        for key, value in first.items()
+        if key not in _UNSEEN and all(other.get(key, missing) == value for other in others)
+    }
+
+
+def describe(setting: Setting) -> str:
+    """A setting in words."""
+    return ", ".join(f"{_name(k)} {_short(v)}" for k, v in setting.items() if k not in _UNSEEN)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,23 +97,23 @@ class Criterion:
     def range(self) -> str:
         """Where the statement holds, in words."""
         if self.low == -math.inf:
-            return f"below {self.high:.4g}"
+            return f"below {format_number(self.high)}"
         if self.high == math.inf:
-            return f"above {self.low:.4g}"
-        return f"between {self.low:.4g} and {self.high:.4g}"
+            return f"above {format_number(self.low)}"
+        return f"between {format_number(self.low)} and {format_number(self.high)}"
 
     @property
     def predicted(self) -> str:
         """The prediction in words."""
-        return self.range if self.expected is None else f"{self.expected:.4g}"
+        return self.range if self.expected is None else format_number(self.expected)
 
     @property
     def rule(self) -> str:
         """The criterion in words."""
         unit = f" {self.unit}" if self.unit else ""
         return (
-            f"the {self.level:.0%} interval of {self.value} lies {self.range}{unit} at every setting "
-            "(does not hold: wholly outside at one; else it cannot be concluded)"
+            f"the {self.level:.0%} interval of {self.value} lies {self.range}{unit} "
+            "at every setting (does not hold: wholly outside at one; else it cannot be concluded)"
         )
 
     def margin(self, estimate: Estimate, settings: int) -> float:
@@ -214,9 +239,9 @@ class Judgement:
         """The verdict in words."""
         claim, criterion = self.claim, self.claim.criterion
         unit = f" {criterion.unit}" if criterion.unit else ""
-        said = f"Measured {self.measured}{unit}, predicted {criterion.predicted}{unit}"
+        said = f"Measured {format_cell(self.measured)}{unit}, predicted {criterion.predicted}{unit}"
         if len(self.cells) > 1:
-            said += f", at the setting that decides ({self.cells[self.worst].label})"
+            said += f", at the setting that decides ({labels(self.cells)[self.worst]})"
         said += "."
         if not self.as_expected:
             said += f" We expected: {claim.expected_verdict}."
@@ -295,6 +320,10 @@ def _nearest(criterion: Criterion, value: float) -> float:
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
+
+
+def _name(key: str) -> str:
+    return {"lambda": "λ", "keep": "θ"}.get(key, key)
 
 
 def _short(value: Any) -> str:

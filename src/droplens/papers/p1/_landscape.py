@@ -117,10 +117,10 @@ def _draw_picture(cells: Sequence[Cell]) -> Figure:
         alt.Chart(alt.InlineData(values=points))
         .transform_calculate(
             level=f"min({level}, 6)",
-            left="datum.u - 0.06",
-            right="datum.u + 0.06",
-            bottom="datum.v - 0.06",
-            top="datum.v + 0.06",
+            left="datum.u - 0.061",
+            right="datum.u + 0.061",
+            bottom="datum.v - 0.061",
+            top="datum.v + 0.061",
         )
         .mark_rect()
         .encode(
@@ -130,7 +130,7 @@ def _draw_picture(cells: Sequence[Cell]) -> Figure:
             y2="top:Q",
             color=alt.Color(
                 "level:Q",
-                title="L (up to 6)",
+                legend=None,
                 scale=alt.Scale(scheme="viridis", reverse=True, domain=[0, 6]),
             ),
             tooltip=[
@@ -154,7 +154,7 @@ def _draw_picture(cells: Sequence[Cell]) -> Figure:
         "u₁",
         "u₂",
         "Move λ: at 0 the minima form a ring (every point of it is one); above, four are left, "
-        "which move towards the origin.",
+        "which move towards the origin. Light is low, dark is 6 and more.",
         data,
     )
 

@@ -73,7 +73,8 @@ def measure_partition(setting: Setting, seeds: Sequence[int], theory: Theory) ->
     """Largest relative difference of the two objectives along training from the same start.
 
     Both train on their exact expected losses: the partition's, and overlapping DropBlock's at the
-    same mean rate. The broken twin compares with training without dropout.
+    same mean rate. The repaired twin holds the exact loss of the overlapping blocks, with the C̄ of
+    theory §1, against training under their masks.
     """
     X, Y = _data(setting)
     p, S = _p(setting), len(seeds)
@@ -81,16 +82,13 @@ def measure_partition(setting: Setting, seeds: Sequence[int], theory: Theory) ->
         S, X.shape[1], Y.shape[1], setting["r"], scale=0.3, generator=seeded(seeds)
     )
     plan = Plan(setting["epochs"], None, setting["rate"], "sgd")
-    parts = Dropout((p,) * S, setting["block"])
-    overlap = DropBlock((p,) * S, setting["block"])
-    other = Dropout((0.0,) * S, setting["block"]) if theory.swapped else overlap
-    runs = [
-        train_linear(start, (X, Y), Deterministic(scheme), plan, seed=seeds[0])
-        for scheme in (parts, other)
-    ]
+    parts, overlap = Dropout((p,) * S, setting["block"]), DropBlock((p,) * S, setting["block"])
+    exact = Deterministic(overlap)
+    pair = (exact, overlap) if theory.repaired else (Deterministic(parts), exact)
+    runs = [train_linear(start, (X, Y), scheme, plan, seed=seeds[0]) for scheme in pair]
     first, second = (run.objective for run in runs)
     return {
-        "value": ((first - second).abs() / first).max(0).values.tolist(),
+        "value": ((first - second).abs() / second).max(0).values.tolist(),
         "step": [runs[0].steps.double().tolist()] * S,
         "partition": first.mT.tolist(),
         "overlapping": second.mT.tolist(),
@@ -145,6 +143,8 @@ _CHOSEN = (
     "2·exp(−0.3·i), blocks, widths and rates as listed, the rate fixed or adaptive."
 )
 
+_PARTITIONS = ((2, 16, 0.8, False), (4, 16, 0.8, False), (4, 8, 0.8, False))
+
 CLAIMS = (
     Claim(
         id="P4.convergence",
@@ -186,32 +186,25 @@ CLAIMS = (
         statement="Training on a block partition follows that with original DropBlock within 15%.",
         source="P4, RQ4: the approximation of overlapping blocks by a partition",
         settings={
-            "test": _settings(10, 100, 300, 0.05, ((2, 8, 0.8, False),)),
-            "laptop": _settings(
-                30, 300, 1000, 0.05, ((2, 16, 0.8, False), (4, 16, 0.8, False), (2, 32, 0.5, False))
-            ),
-            "paper": _settings(
-                80,
-                1000,
-                4000,
-                0.05,
-                (
-                    (2, 40, 0.8, False),
-                    (4, 40, 0.8, False),
-                    (2, 80, 0.5, False),
-                    (4, 80, 0.5, False),
-                ),
-            ),
+            "test": _settings(10, 100, 300, 0.05, ((2, 8, 0.8, False), (4, 8, 0.8, False))),
+            "laptop": _settings(30, 300, 800, 0.05, _PARTITIONS),
+            "paper": _settings(80, 1000, 4000, 0.05, (*_PARTITIONS, (4, 80, 0.5, False))),
         },
-        seeds={"test": 5, "laptop": 8, "paper": 20},
+        seeds={"test": 12, "laptop": 8, "paper": 20},
         measure=measure_partition,
         criterion=Criterion(
             value="largest relative difference of the two objectives along the training",
             expected=0.0,
             high=0.15,
         ),
-        broken=("swapped-losses",),
+        broken=("repaired",),
+        expected_verdict="does not hold",
+        reason="Blocks of 2 stay within 15%, but blocks of 4 in 8 units do not: "
+        "units at the ends of the line are covered by fewer starts, and neighbours across the "
+        "partition's borders fall together under DropBlock. The exact covariance of theory §1 "
+        "costs no more to compute.",
         figure=_draw_partition,
-        chosen=_CHOSEN + " What counts as close, 15%, is ours.",
+        chosen=_CHOSEN + " What counts as close, 15%, is ours. The repaired twin holds the exact "
+        "loss of overlapping blocks against training under their masks.",
     ),
 )

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from droplens import data
 from droplens.estimates import Estimate, mean_estimate
-from droplens.papers._claim import Cell, Claim, Criterion, Numbers, Setting
+from droplens.papers._claim import Cell, Claim, Criterion, Numbers, Setting, labels
 from droplens.papers._factorization import Coins, Noise, normal, penalty
 from droplens.papers._streams import device_of, seeded
 from droplens.papers._theory import Theory
@@ -71,11 +71,11 @@ def _train(
 
 def _draw(cells: Sequence[Cell]) -> Figure:
     rows = {
-        cell.label: {
+        name: {
             "between the two trainings": _mean(cell.numbers["value"]),
             "to the images": _mean(cell.numbers["error"]),
         }
-        for cell in cells
+        for name, cell in zip(labels(cells), cells, strict=True)
     }
     return bars(
         rows,

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from droplens.papers._claim import Cell, Claim, Criterion, Numbers, Setting
+from droplens.papers._claim import Cell, Claim, Criterion, Numbers, Setting, labels
 from droplens.papers._factorization import normal
 from droplens.papers._theory import Theory
 from droplens.report import Figure, spectra
@@ -96,7 +96,10 @@ def measure_rank(setting: Setting, seeds: Sequence[int], theory: Theory) -> Numb
 
 
 def _draw(cells: Sequence[Cell]) -> Figure:
-    values = {f"found, {cell.label}": cell.mean("found")[:60] for cell in cells[:4]}
+    values = {
+        f"found, {name}": cell.mean("found")[:60]
+        for name, cell in zip(labels(cells[:4]), cells[:4], strict=True)
+    }
     if "wanted" in cells[0].numbers:
         values["Theorem 3"] = [v for v in cells[0].mean("wanted") if v > 1e-12]
     return spectra(values, title="Singular values of the product", caption="Mean over seeds.")

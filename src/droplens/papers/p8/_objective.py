@@ -93,7 +93,7 @@ CLAIMS = (
         source="P8, Theorem 1 and experiment 1 (100×100, d = 160, θ = 0.1 … 0.9)",
         settings={
             "test": _settings(20, 32, 200, 60, (0.3, 0.7)),
-            "laptop": _settings(100, 160, 400, 20, _KEEPS),
+            "laptop": _settings(100, 160, 400, 60, _KEEPS),
             "paper": _settings(100, 160, 10000, 200, _KEEPS),
         },
         seeds={"test": 10, "laptop": 8, "paper": 20},
