@@ -28,7 +28,11 @@ def droplens(*arguments: str, **environment: str) -> subprocess.CompletedProcess
 
 @pytest.mark.parametrize(
     "arguments",
-    [("--help",), ("demo", "--help"), ("inspect", "--help"), ("compare", "--help"), ("--version",)],
+    [
+        ("--help",),
+        *((command, "--help") for command in ("demo", "inspect", "compare", "solve", "reproduce")),
+        ("--version",),
+    ],
 )
 def test_help_imports_nothing_slow(arguments):
     """Help must answer in 0.3 s; what it imports decides that, on any machine."""

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from droplens.cli import compare, demo, inspect, solve
+from droplens.cli import compare, demo, inspect, reproduce, solve
 
 app = typer.Typer(
     name="droplens",
@@ -43,6 +43,7 @@ app.command("demo", epilog=demo.EXAMPLE)(demo.demo)
 app.command("inspect", epilog=inspect.EXAMPLE)(inspect.inspect)
 app.command("compare", epilog=compare.EXAMPLE)(compare.compare)
 app.command("solve", epilog=solve.EXAMPLE)(solve.solve)
+app.command("reproduce", epilog=reproduce.EXAMPLE)(reproduce.reproduce)
 
 
 def main() -> None:

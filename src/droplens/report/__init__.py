@@ -18,7 +18,14 @@ from droplens.report._document import (
 )
 from droplens.report._environment import environment
 from droplens.report._figures import Curve, bars, dots, lines, spectra, split
-from droplens.report._files import check_report, check_target, to_json, write_page, write_report
+from droplens.report._files import (
+    check_report,
+    check_target,
+    to_json,
+    write_page,
+    write_report,
+    write_whole,
+)
 from droplens.report._inspection import comparison_document, inspection_document
 from droplens.report._numbers import format_cell, format_number
 from droplens.report._page import MAX_BYTES, render_page
@@ -57,4 +64,5 @@ __all__ = [
     "to_json",
     "write_page",
     "write_report",
+    "write_whole",
 ]

@@ -1,0 +1,189 @@
+"""Factorising a matrix, M ≈ U Vᵀ, under any multiplicative noise: S seeds at once (P4, P8).
+
+The loss at one draw is ‖M − U (V ∘ Z)ᵀ‖_F², Z of mean one: one row of Z for all rows of V (dropout
+of hidden units, blocks of them, or any law of masks), or a Z of V's own shape (DropConnect). Its
+mean is ‖M − U Vᵀ‖_F² + ⟨C̄, UᵀU ∘ VᵀV⟩ with C̄ the relative covariance (theory §2.1).
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import final
+
+import torch
+from torch import Tensor
+
+from droplens import masks
+from droplens.papers._theory import Theory
+
+
+class Noise(ABC):
+    """What falls: a draw of Z, and the C̄ that the theory believes it to have."""
+
+    @abstractmethod
+    def draw(self, V: Tensor, generator: torch.Generator) -> Tensor:
+        """Z for V (S, n, r): (S, 1, r) or (S, n, r)."""
+
+    @abstractmethod
+    def covariance(self, r: int) -> Tensor:
+        """C̄ (r, r), float64."""
+
+
+@final
+@dataclass(frozen=True)
+class Coins(Noise):
+    """Blocks of hidden units that fall together (1: dropout), or single weights (DropConnect)."""
+
+    p: float
+    block_size: int = 1
+    weights: bool = False
+    theory: Theory = field(default_factory=Theory)
+
+    def draw(self, V: Tensor, generator: torch.Generator) -> Tensor:
+        """A coin a block, or a coin a weight."""
+        S, n, r = V.shape
+        shape = (S, n if self.weights else 1, r // self.block_size)
+        coins = torch.rand(shape, generator=generator, dtype=V.dtype) >= self.p
+        scaled = coins.to(V.dtype) * self.theory.rescale(self.p)
+        return scaled.repeat_interleave(self.block_size, -1)
+
+    def covariance(self, r: int) -> Tensor:
+        """λ within a block, 0 across."""
+        blocks = torch.ones(self.block_size, self.block_size, dtype=torch.float64)
+        whole = torch.block_diag(*[blocks] * (r // self.block_size))
+        covariance: Tensor = self.theory.factor * self.theory.variance(self.p) * whole
+        return covariance
+
+
+@final
+@dataclass(frozen=True)
+class Masks(Noise):
+    """Any law of masks over the hidden units."""
+
+    law: masks.Law
+    theory: Theory = field(default_factory=Theory)
+
+    def draw(self, V: Tensor, generator: torch.Generator) -> Tensor:
+        """One mask for each network."""
+        drawn = self.law.sample((len(V), V.shape[-1]), generator=generator, dtype=V.dtype)
+        if self.theory.broken == "missing-rescale":
+            drawn = drawn * self.law.mean((V.shape[-1],)).to(V.dtype)
+        return drawn[:, None]
+
+    def covariance(self, r: int) -> Tensor:
+        """The law's own."""
+        return self.theory.factor * self.law.covariance((r,)).dense()
+
+
+def plain_loss(M: Tensor, U: Tensor, V: Tensor) -> Tensor:
+    """‖M − U Vᵀ‖_F², (S,)."""
+    return (M - U @ V.mT).square().sum((-2, -1))
+
+
+def penalty(U: Tensor, V: Tensor, covariance: Tensor) -> Tensor:
+    """⟨C̄, UᵀU ∘ VᵀV⟩, (S,)."""
+    return (covariance.to(U.dtype) * (U.mT @ U) * (V.mT @ V)).sum((-2, -1))
+
+
+def sampled_loss(
+    M: Tensor, U: Tensor, V: Tensor, noise: Noise, draws: int, generator: torch.Generator
+) -> Tensor:
+    """The loss under noise, averaged over `draws` of it, (S,)."""
+    total = torch.zeros(len(U), dtype=U.dtype)
+    for _ in range(draws):
+        total += plain_loss(M, U, V * noise.draw(V, generator))
+    return total / draws
+
+
+@dataclass(frozen=True)
+class Path:
+    """Factors along the descent: at T recorded steps U (T, S, m, r) and V (T, S, n, r)."""
+
+    steps: list[int]
+    outgoing: Tensor
+    incoming: Tensor
+
+
+@dataclass(frozen=True)
+class Steps:
+    """How to descend: the step size stays for `hold` steps, then falls as 1/t."""
+
+    count: int
+    rate: float
+    hold: int
+    records: int = 20
+
+    def at(self, step: int) -> float:
+        """The step size of a step."""
+        return self.rate * self.hold / max(step, self.hold)
+
+
+def factorise(
+    M: Tensor,
+    factors: tuple[Tensor, Tensor],
+    noise: Noise | Tensor | None,
+    plan: Steps,
+    generator: torch.Generator,
+) -> Path:
+    """Gradient descent from `factors`, under noise, on its mean (given C̄), or on the plain loss."""
+    U, V = factors
+    if isinstance(noise, Tensor):
+        noise = noise.to(U.dtype)
+    every = max(1, plan.count // plan.records)
+    kept: list[tuple[int, Tensor, Tensor]] = []
+    for step in range(plan.count + 1):
+        if step % every == 0 or step == plan.count:
+            kept.append((step, U, V))
+        if step == plan.count:
+            break
+        Z = noise.draw(V, generator) if isinstance(noise, Noise) else torch.ones((), dtype=U.dtype)
+        W = V * Z
+        R = M - U @ W.mT  # (S, m, n)
+        slope_out, slope_in = -2 * R @ W, -2 * (R.mT @ U) * Z
+        if isinstance(noise, Tensor):
+            slope_out = slope_out + 2 * U @ (noise * (V.mT @ V))
+            slope_in = slope_in + 2 * V @ (noise * (U.mT @ U))
+        U, V = U - plan.at(step) * slope_out, V - plan.at(step) * slope_in
+    return Path(
+        [step for step, _, _ in kept],
+        torch.stack([U for _, U, _ in kept]),
+        torch.stack([V for _, _, V in kept]),
+    )
+
+
+def normal(seeds: Sequence[int], *shapes: tuple[int, int], deviation: float) -> list[Tensor]:
+    """Normal matrices (S, …), each seed's own, float64."""
+    rows = []
+    for seed in seeds:
+        source = torch.Generator().manual_seed(seed + 11)
+        rows.append(
+            [deviation * torch.randn(s, generator=source, dtype=torch.float64) for s in shapes]
+        )
+    return [torch.stack(column) for column in zip(*rows, strict=True)]
+
+
+def follow(
+    M: Tensor,
+    factors: tuple[Tensor, Tensor],
+    noise: Noise,
+    plan: Steps,
+    draws: int,
+    generators: tuple[torch.Generator, torch.Generator],
+    swapped: bool = False,
+) -> dict[str, Tensor]:
+    """Train under noise; at each recorded step hold the sampled against the predicted objective.
+
+    Returns:
+        `ratio` (S,): sampled excess over predicted penalty, both summed over the steps;
+        `sampled` and `predicted`, the two objectives, (T, S).
+    """
+    path = factorise(M, factors, noise, plan, generators[0])
+    sampled, predicted, bare = [], [], []
+    for U, V in zip(path.outgoing, path.incoming, strict=True):
+        noisy, quiet = sampled_loss(M, U, V, noise, draws, generators[1]), plain_loss(M, U, V)
+        sampled.append(quiet if swapped else noisy)
+        bare.append(noisy if swapped else quiet)
+        predicted.append(bare[-1] + penalty(U, V, noise.covariance(U.shape[-1])))
+    noisy, quiet, told = torch.stack(sampled), torch.stack(bare), torch.stack(predicted)
+    ratio = (noisy - quiet).sum(0) / (told - quiet).sum(0)
+    return {"ratio": ratio, "sampled": noisy, "predicted": told, "step": torch.tensor(path.steps)}

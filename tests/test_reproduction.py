@@ -1,0 +1,95 @@
+"""From claims to runs, verdicts, a page and its twin."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from droplens import report, runs
+from droplens.reproduction import Request, reproduce
+
+QUICK = ("P1.lower-bound", "P4.index-rule")
+
+
+def test_finished_runs_are_taken_up(tmp_path):
+    first = reproduce(Request(QUICK, "test", seeds=3), folder=tmp_path)
+    again = reproduce(Request(QUICK, "test", seeds=3), folder=tmp_path)
+    more = reproduce(Request(QUICK, "test", seeds=5), folder=tmp_path)
+    assert (first.batches_run, again.batches_run, more.batches_run) == (8, 0, 8)
+    assert first.to_dict()["claims"] == again.to_dict()["claims"]
+    assert [one.measured.n for one in more.judgements] == [5, 5]
+    with runs.Store(tmp_path) as store:
+        assert store.count() == 8 * 5
+
+
+def test_processes_change_nothing():
+    one = reproduce(Request(QUICK, "test"))
+    two = reproduce(Request(QUICK, "test"), jobs=2)
+    assert one.to_dict()["claims"] == two.to_dict()["claims"]
+
+
+def test_broken_claims_are_told_and_the_others_left_out():
+    done = reproduce(Request(QUICK, "test", broken="penalty-doubled"))
+    assert [one.claim.id for one in done.judgements] == ["P1.lower-bound"]
+    assert [item.what for item in done.left_out] == ["P4.index-rule"]
+    assert not done.as_expected
+    with pytest.raises(ValueError, match=r"P4\.index-rule has repaired"):
+        reproduce(Request(("P4.index-rule",), "test", broken="wrong-lambda"))
+
+
+def test_the_page_holds_summary_and_cards(tmp_path):
+    done = reproduce(Request((*QUICK, "P1.picture"), "test", command="droplens reproduce"))
+    page = report.render_page(done.to_document())
+    assert len(page.encode()) < report.MAX_BYTES
+    assert (
+        page.index("Every claim and its verdict")
+        < page.index("P1.lower-bound: ")
+        < page.index('id="v-p1-lower-bound"')
+    )
+    assert "For the identity of size 4" in page
+    twin = done.to_dict()
+    assert next(iter(twin)) == "claims"
+    assert json.loads(json.dumps(twin, allow_nan=False)) == twin
+
+
+@pytest.mark.parametrize("seeds", [0, -1])
+def test_seeds_have_to_be_positive(seeds):
+    with pytest.raises(ValueError, match="seeds has to be at least 1"):
+        Request(QUICK, seeds=seeds)
+
+
+def write_idx(folder: Path, name: str, shape: tuple[int, ...], data: bytes) -> None:
+    kind = bytes([0, 0, 8, len(shape)])
+    sizes = b"".join(n.to_bytes(4, "big") for n in shape)
+    (folder / f"{name}.gz").write_bytes(gzip.compress(kind + sizes + data))
+
+
+def write_mnist(folder: Path) -> None:
+    for part in ("train", "t10k"):
+        pixels = bytes((7 * k) % 256 for k in range(30 * 28 * 28))
+        write_idx(folder, f"{part}-images-idx3-ubyte", (30, 28, 28), pixels)
+        write_idx(folder, f"{part}-labels-idx1-ubyte", (30,), bytes(k % 10 for k in range(30)))
+
+
+def test_data_folders_add_settings(tmp_path, monkeypatch):
+    from droplens.papers import Theory, find
+
+    write_mnist(tmp_path)
+    claim = find("P8.images")
+    monkeypatch.setattr(type(claim), "seed_count", lambda *_: 1)
+    cells = claim.cells("test", tmp_path)
+    assert [cell.get("data") for cell in cells] == [None, None, "mnist", "mnist"]
+    found = claim.measure({**cells[2], "steps": 3}, [0], Theory())
+    assert len(found["value"]) == 1
+
+
+def test_bad_data_folders_are_refused(tmp_path):
+    with pytest.raises(OSError, match="there is no data folder"):
+        reproduce(Request(("P8.images",), "test", data=tmp_path / "missing"))
+    with pytest.raises(OSError, match="holds no data set"):
+        reproduce(Request(("P8.images",), "test", data=tmp_path))
+    write_mnist(tmp_path)
+    (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(b"not a gzip file")
+    with pytest.raises(ValueError, match="train-images-idx3-ubyte"):
+        reproduce(Request(("P8.images",), "test", data=tmp_path))
