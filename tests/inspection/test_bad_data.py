@@ -1,5 +1,7 @@
 """Data that a page cannot be made of, however many passes it takes to see that."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -87,8 +89,11 @@ def test_what_takes_too_many_passes_is_named(tmp_path):
     seen = dl.inspect(ManyClasses(), (x[:4], y[:4]), loss, draws=3, directions=1, seed=0)
     assert seen.cost.gaussian is None
     assert seen.cost.gap.value != 0
-    reason = seen.not_measured["Gaussian and second-order value"]
-    assert "they take 2,100 backward passes over every batch" in reason
+    reason = seen.not_measured["Gaussian value of the spread"]
+    assert "it takes 2,100 backward passes over every batch" in reason
+    exact = float(dl.penalty(ManyClasses(), x[:4], loss, "second_order"))
+    assert seen.cost.second_order_error > 0
+    assert abs(seen.cost.second_order - exact) <= 4 * seen.cost.second_order_error
     assert seen.fisher.method == "sampled"
     assert seen.fisher.trace.standard_error > 0
     page = seen.to_html(tmp_path / "page.html").read_text("utf-8")
@@ -120,6 +125,17 @@ def test_many_sites_share_a_sentence():
     assert len(shares) == 6
     assert verdict.measured.value == pytest.approx(min(shares))
     assert f"at {sum(s >= 0.9 for s in shares)} of 6 sites" in verdict.sentence
+
+
+def test_few_strong_units_are_named():
+    net = network(0.4)
+    with torch.no_grad():
+        net[6].weight.mul_(6)
+        net[6].weight[:, 2:] = 0
+    seen = dl.inspect(net, (x, y), loss, draws=200, directions=1, seed=0)
+    assert seen.cost.participation["5"] < 3
+    (verdict,) = [v for v in seen.verdicts if v.id == "approximation"]
+    assert re.search(r"noise at '5' is that of about \d\.\d equal coins", verdict.sentence)
 
 
 def test_few_masks_may_not_see_the_spread():

@@ -1,5 +1,6 @@
 """The whole path on networks that the library was not written for, against independent checks."""
 
+import copy
 import json
 import math
 import re
@@ -149,3 +150,32 @@ def test_ignored_labels_do_not_count_as_wrong():
 
 def test_labels_of_a_causal_model_are_said_to_be_shifted():
     assert "compared with the predictions one position earlier" in inspected("gpt2").mode
+
+
+@pytest.mark.parametrize("name", ["bert", pytest.param("gpt2", marks=pytest.mark.slow)])
+def test_sets_of_a_strangers_networks_are_compared(name):
+    found = stranger(name)
+    quieter = copy.deepcopy(found.network)
+    for module in quieter.modules():
+        if isinstance(module, nn.Dropout):
+            module.p /= 5
+    seen = dl.compare(
+        {"with": found.network, "quieter": quieter},
+        found.data, loss, held_out=found.data, draws=20, directions=2, seed=0,
+    )  # fmt: skip
+    first, second = (inspections[0] for inspections in seen.sets.values())
+    assert first.base == pytest.approx(second.base)
+    assert seen.held_out.loss["with"][0] == pytest.approx(first.base, rel=1e-5)
+    assert first.accuracy == pytest.approx(inspected(name).accuracy)
+    assert 0 < second.cost.gap.value < first.cost.gap.value
+    assert seen.equal_loss is not None
+
+
+def test_what_a_tokenizer_returns_is_understood():
+    found = stranger("bert")
+    encoding = pytest.importorskip("transformers").BatchEncoding(dict(found.data))
+    seen = dl.inspect(found.network, encoding, loss, draws=3, directions=1, seed=0)
+    assert seen.base == pytest.approx(inspected("bert").base)
+    inputs = {k: v for k, v in encoding.items() if k != "labels"}
+    again = pytest.importorskip("transformers").BatchEncoding(inputs)
+    assert float(dl.penalty(found.network, again, loss)) == pytest.approx(seen.cost.gaussian)

@@ -1,5 +1,6 @@
 """Networks side by side, such as with and without dropout, one or several seeds of each."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -266,8 +267,14 @@ def pooled_cost(costs: Sequence[Cost]) -> Cost:
         spread=mean([cost.spread for cost in costs]),
         shift=mean([cost.shift for cost in costs]),
         gaussian=average([cost.gaussian for cost in costs]),
-        second_order=average([cost.second_order for cost in costs]),
+        second_order=sum(cost.second_order for cost in costs) / len(costs),
         by_site=sites,
+        participation={
+            name: sum(cost.participation[name] for cost in costs) / len(costs)
+            for name in shared
+            if all(name in cost.participation for cost in costs)
+        },
+        second_order_error=math.hypot(*(c.second_order_error for c in costs)) / len(costs),
     )
 
 

@@ -1,7 +1,8 @@
 """What dropout costs a network over a data set: three evaluations of the same number."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -13,6 +14,9 @@ from droplens.gates import masks_off
 from droplens.inspection._sizes import MOST_PASSES, Sizes, in_parts, targets_of
 from droplens.losses import family as family_of
 from droplens.penalties import Decomposition, Parts, Penalty, decompose, penalty
+
+# Backward passes for a second-order value where the exact one takes too many.
+PROBES = 20
 
 Progress = Callable[[float, str], None]
 
@@ -38,11 +42,13 @@ class Cost:
         spread: the noise's part of the gap.
         shift: the mean output's part of the gap.
         gaussian: the spread without masks, for Gaussian output noise; None where not measured.
-        second_order: the spread without masks, to second order; None where not measured.
+        second_order: the spread without masks, to second order.
         by_site: each site alone.
         draws: masks drawn, for the network and for each site alone.
         seed: repeats the draws.
         unmeasured: sites that have no penalty, and why.
+        participation: by site, how many equal coins would make the output noise.
+        second_order_error: standard error over probes, where `second_order` was sampled; else 0.
     """
 
     base: Estimate
@@ -50,11 +56,13 @@ class Cost:
     spread: Estimate
     shift: Estimate
     gaussian: float | None
-    second_order: float | None
+    second_order: float
     by_site: Mapping[str, SiteCost]
     draws: int
     seed: int
     unmeasured: Mapping[str, str]
+    participation: Mapping[str, float] = field(default_factory=dict)
+    second_order_error: float = 0.0
 
     @property
     def dropped_loss(self) -> float:
@@ -69,7 +77,7 @@ class _Batch:
     norm: float
     parts: Decomposition
     gaussian: Penalty | None
-    second_order: Penalty | None
+    second_order: Penalty
 
 
 def cost_of(
@@ -92,28 +100,30 @@ def cost_of(
     weights = [1.0 if summed else batch.norm / total for batch in found]
     first = found[0]
     joint = _pooled(weights, [batch.parts for batch in found])
-    values = [
-        [batch.gaussian for batch in found],
-        [batch.second_order for batch in found],
-    ]
     sites = {}
     for name in first.parts.by_site:
         alone = _pooled(weights, [batch.parts.by_site[name] for batch in found])
-        gaussian, second_order = (_average(weights, [_at(v, name) for v in vs]) for vs in values)
-        sites[name] = SiteCost(alone.gap, alone.spread, alone.shift, gaussian, second_order)
-    gaussian, second_order = (_average(weights, [_total(v) for v in vs]) for vs in values)
-    mixing = {} if first.gaussian is None else first.gaussian.unmeasured
+        sites[name] = SiteCost(
+            alone.gap,
+            alone.spread,
+            alone.shift,
+            _average(weights, [_at(batch.gaussian, name) for batch in found]),
+            _average(weights, [_at(batch.second_order, name) for batch in found]),
+        )
+    errors = [w * b.second_order.standard_error for w, b in zip(weights, found, strict=True)]
     return Cost(
-        exact(sum(w * batch.parts.base.value for w, batch in zip(weights, found, strict=True))),
+        exact(_sum(weights, [batch.parts.base.value for batch in found])),
         joint.gap,
         joint.spread,
         joint.shift,
-        gaussian,
-        second_order,
+        _average(weights, [None if b.gaussian is None else float(b.gaussian) for b in found]),
+        _sum(weights, [float(batch.second_order) for batch in found]),
         sites,
         draws,
         seed,
-        {**first.parts.unmeasured, **mixing},
+        {**first.parts.unmeasured, **first.second_order.unmeasured},
+        {} if first.gaussian is None else first.gaussian.participation,
+        math.hypot(*errors),
     )
 
 
@@ -130,15 +140,17 @@ def _batch_cost(
     with torch.no_grad():
         with masks_off(model):
             norm = family_of(loss).normalizer(predictions(model, inputs), targets)
-        if not without_masks:
-            return _Batch(norm, parts, None, None)
-        gaussian = penalty(model, inputs, loss, "gaussian", targets=targets)
-        second_order = penalty(model, inputs, loss, "second_order", targets=targets)
+        second_order = penalty(
+            model,
+            inputs,
+            loss,
+            "second_order" if without_masks else "sampled",
+            targets=targets,
+            draws=PROBES,
+            generator=generator,
+        )
+        gaussian = penalty(model, inputs, loss, targets=targets) if without_masks else None
     return _Batch(norm, parts, gaussian, second_order)
-
-
-def _total(value: Penalty | None) -> float | None:
-    return None if value is None else float(value)
 
 
 def _at(value: Penalty | None, name: str) -> float | None:
@@ -150,14 +162,18 @@ def _average(weights: Sequence[float], values: Sequence[float | None]) -> float 
     known = [v for v in values if v is not None]
     if len(known) < len(values):
         return None
-    return sum(w * v for w, v in zip(weights, known, strict=True))
+    return _sum(weights, known)
+
+
+def _sum(weights: Sequence[float], values: Sequence[float]) -> float:
+    return sum(w * v for w, v in zip(weights, values, strict=True))
 
 
 def _pooled(weights: Sequence[float], parts: Sequence[Parts | Decomposition]) -> Parts:
     """Parts of all batches together; batches draw their own masks, so errors are independent."""
 
     def pool(values: Sequence[Estimate]) -> Estimate:
-        value = sum(w * v.value for w, v in zip(weights, values, strict=True))
+        value = _sum(weights, [v.value for v in values])
         errors = [(w * v.standard_error) ** 2 for w, v in zip(weights, values, strict=True)]
         return Estimate(value, sum(errors) ** 0.5, values[0].n, values[0].over)
 

@@ -1,6 +1,6 @@
 """Everything the library can say of one network, as one object."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -157,8 +157,8 @@ def inspect(
     targets_of(first.targets)
     source, used_seed = private_generator(generator, seed)
     tell(0.0, "Finding the sites")
-    mode = _mode(model, data)
     found = find_sites(model, first.inputs)
+    mode = _mode(model, found)
     sizes = sizes_of(model, first, family, found)
     not_measured = {f"site {s.name}": s.reason or "" for s in found if s.law is None}
 
@@ -213,7 +213,7 @@ def inspect(
     )
 
 
-def _mode(model: nn.Module, data: Any) -> str:
+def _mode(model: nn.Module, sites: Sequence[Site]) -> str:
     """In which mode everything is measured, and where that is not the mode the model came in."""
     said = [MODE]
     kinds = {
@@ -221,6 +221,8 @@ def _mode(model: nn.Module, data: Any) -> str:
     }
     if kinds:
         said.append(f"{', '.join(sorted(kinds))} came in train mode and is measured in eval")
+    if any(site.kind == "F.scaled_dot_product_attention" for site in sites):
+        said.append("attention on torch's maths kernel, the one with second derivatives")
     if predicts_next_token(model):
         said.append("labels of a batch are compared with the predictions one position earlier")
     return "; ".join(said)
@@ -243,10 +245,11 @@ def _unpriced(cost: Cost, sizes: Sizes) -> dict[str, str]:
     """What of the cost was left out, and why."""
     reasons = {f"penalty at {name}": why for name, why in cost.unmeasured.items()}
     if cost.gaussian is None:
-        reasons["Gaussian and second-order value"] = (
-            f"they take {sizes.passes:,} backward passes over every batch, one for each of "
+        reasons["Gaussian value of the spread"] = (
+            f"it takes {sizes.passes:,} backward passes over every batch, one for each of "
             f"{sizes.parameters:,} natural parameters in {sizes.terms:,} terms; "
-            "droplens.penalty(model, inputs, loss) computes them all the same"
+            "droplens.penalty(model, inputs, loss) computes it all the same. The second-order "
+            "value was sampled"
         )
     return reasons
 

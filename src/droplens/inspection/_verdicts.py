@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from droplens.estimates import Estimate, exact, mean_estimate, t_bound, welch
 from droplens.inspection._cost import Cost
 from droplens.measure import Equalization
+from droplens.penalties import FEW_UNITS
 from droplens.verdicts import Outcome, Verdict
 
 LEVEL = 0.95
@@ -33,7 +34,7 @@ def _against(measured: Estimate, threshold: float) -> Outcome:
 def cost_verdicts(cost: Cost, unit: str, who: str = "") -> list[Verdict]:
     """Everything there is to say of a cost; nothing more where the cost itself is open."""
     verdicts = [cost_verdict(cost, unit, who), split_verdict(cost, unit)]
-    if cost.gaussian is not None and cost.second_order is not None:
+    if cost.gaussian is not None:
         verdicts.append(approximation_verdict(cost))
     return verdicts
 
@@ -110,10 +111,10 @@ def approximation_verdict(cost: Cost) -> Verdict:
         ValueError: if the cost holds no such values.
     """
     spread, gaussian = cost.spread, cost.gaussian
-    if gaussian is None or cost.second_order is None:
-        raise ValueError("cost holds no value without masks to compare")
+    if gaussian is None:
+        raise ValueError("cost holds no Gaussian value to compare")
     if spread.value <= 0:
-        return _incomparable(cost, gaussian, cost.second_order)
+        return _incomparable(cost, gaussian)
     relative = spread.standard_error * gaussian / spread.value**2
     distance = replace(spread, value=abs(gaussian / spread.value - 1), standard_error=relative)
     beyond = _against(distance, GAUSSIAN_TOLERANCE)
@@ -121,7 +122,7 @@ def approximation_verdict(cost: Cost) -> Verdict:
     return Verdict(
         f"Against Monte Carlo with {cost.draws} masks the Gaussian value is "
         f"{_off(gaussian, spread)} and the second-order value "
-        f"{_off(cost.second_order, spread)}. {_why(cost, gaussian, cost.second_order)}"
+        f"{_off(cost.second_order, spread)}. {_why(cost, gaussian)}"
         f"{_left_out(cost)}",
         answers.get(beyond, "cannot conclude"),
         "relative distance of the Gaussian value from the Monte-Carlo spread, by its 95% interval",
@@ -137,13 +138,13 @@ def approximation_verdict(cost: Cost) -> Verdict:
 _STANDS = "Can the penalty stand for the masks?"
 
 
-def _incomparable(cost: Cost, gaussian: float, second_order: float) -> Verdict:
+def _incomparable(cost: Cost, gaussian: float) -> Verdict:
     """Masks too few to see a spread: its truth is never negative."""
     distance = replace(cost.spread, value=gaussian - cost.spread.value)
     return Verdict(
         f"With {cost.draws} masks the spread ({cost.spread}) cannot be told from zero, so the "
-        f"Gaussian value ({gaussian:.4g}) and the second-order value ({second_order:.4g}) cannot "
-        f"be held against it.{_left_out(cost)}",
+        f"Gaussian value ({gaussian:.4g}) and the second-order value ({cost.second_order:.4g}) "
+        f"cannot be held against it.{_left_out(cost)}",
         "cannot conclude",
         "Gaussian value minus the Monte-Carlo spread, comparable where the spread is above zero",
         0.0,
@@ -168,7 +169,8 @@ def _off(value: float, spread: Estimate) -> str:
     return f"{_percent(abs(ratio))} {'too low' if ratio < 0 else 'too high'}"
 
 
-def _why(cost: Cost, better: float, low: float) -> str:
+def _why(cost: Cost, better: float) -> str:
+    low = cost.second_order
     if abs(low - better) <= 0.02 * abs(better):
         why = "They agree, so the noise is small against the curvature of the loss."
     elif low < better:
@@ -181,13 +183,19 @@ def _why(cost: Cost, better: float, low: float) -> str:
             "The second order takes the curvature at the undropped output for constant; the noise "
             "carries the outputs to where the loss is flatter."
         )
-    if abs(better / cost.spread.value - 1) > GAUSSIAN_TOLERANCE:
-        why += (
-            " Both take the outputs to move in proportion to the masks and by many small amounts; "
-            "here a few strong units or noise through several layers move them otherwise, so "
-            "Monte Carlo is the number to use."
+    if abs(better / cost.spread.value - 1) <= GAUSSIAN_TOLERANCE:
+        return why
+    few = {name: n for name, n in cost.participation.items() if 0 < n < FEW_UNITS}
+    if few:
+        name = min(few, key=few.__getitem__)
+        return (
+            f"{why} Both lean on many small contributions, but the noise at {name!r} is that of "
+            f"about {few[name]:.1f} equal coins, so Monte Carlo is the number to use."
         )
-    return why
+    return (
+        f"{why} Both take the outputs to move in proportion to the masks; noise that goes through "
+        "further layers does not, so Monte Carlo is the number to use."
+    )
 
 
 def equalisation_verdicts(

@@ -2,9 +2,10 @@
 
 from droplens.penalties._curve import PenaltyCurve, penalty_curve
 from droplens.penalties._decompose import Decomposition, Parts, decompose
-from droplens.penalties._penalty import Penalty, penalty
+from droplens.penalties._penalty import FEW_UNITS, Penalty, penalty
 
 __all__ = [
+    "FEW_UNITS",
     "Decomposition",
     "Parts",
     "Penalty",

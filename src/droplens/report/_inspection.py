@@ -8,6 +8,7 @@ from torch import Tensor
 
 from droplens.estimates import Estimate, mean_estimate
 from droplens.inspection import Comparison, Cost, HeldOut, Inspection, SiteCost
+from droplens.inspection._cost import PROBES
 from droplens.measure import Equalization, Flatness
 from droplens.report._document import Column, Document, Figure, NotMeasured, Section, Table
 from droplens.report._figures import Curve, bars, dots, lines, spectra, split
@@ -268,9 +269,15 @@ def _cost_section(costs: Mapping[str, Cost], unit: str) -> Section:
 
 
 def _evaluations(cost: Cost) -> dict[str, Estimate]:
-    without_masks = {"Gaussian": cost.gaussian, "second order": cost.second_order}
-    known = {name: Estimate(value) for name, value in without_masks.items() if value is not None}
-    return {f"Monte Carlo, {cost.draws} masks": cost.spread, **known}
+    known = {f"Monte Carlo, {cost.draws} masks": cost.spread}
+    if cost.gaussian is not None:
+        known["Gaussian"] = Estimate(cost.gaussian)
+    return {**known, "second order": _sampled(cost)}
+
+
+def _sampled(cost: Cost) -> Estimate:
+    """The second-order value, with the error of its probes where it was sampled."""
+    return Estimate(cost.second_order, cost.second_order_error, PROBES, "probes")
 
 
 def _cost_table(costs: Mapping[str, Cost], unit: str) -> Table:
@@ -297,7 +304,7 @@ def _spread_table(costs: Mapping[str, Cost], unit: str) -> Table:
             part.spread,
             part.gaussian,
             _distance(part.gaussian, part.spread),
-            part.second_order,
+            _sampled(part) if isinstance(part, Cost) else part.second_order,
             _distance(part.second_order, part.spread),
         )
         for label, part in _cost_rows(costs)
