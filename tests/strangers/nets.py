@@ -105,7 +105,7 @@ def bert() -> Stranger:
         hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.2,
     )  # fmt: skip
     net = BertForSequenceClassification(config)
-    ids = _tokens(32, 6, 24)
+    ids = _tokens(16, 6, 24)
     mask = torch.ones_like(ids)
     mask[::3, 4:] = 0
     inputs, y = {"input_ids": ids, "attention_mask": mask}, ids[:, 0] % 3
@@ -124,8 +124,8 @@ def gpt2() -> Stranger:
         bos_token_id=0, eos_token_id=0, resid_pdrop=0.15, embd_pdrop=0.15, attn_pdrop=0.15,
     )  # fmt: skip
     net = GPT2LMHeadModel(config)
-    ids = _tokens(24, 6, 8)
-    following = torch.cat([ids[:, 1:], torch.full((24, 1), -100)], 1)
+    ids = _tokens(12, 6, 8)
+    following = torch.cat([ids[:, 1:], torch.full((12, 1), -100)], 1)
 
     def loss() -> Tensor:
         # Hugging Face's own arithmetic, shift and all.
@@ -144,9 +144,9 @@ def vit() -> Stranger:
         image_size=8, patch_size=4, num_channels=1, num_labels=3, initializer_range=0.2,
         hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.2,
     )  # fmt: skip
-    net, x = ViTForImageClassification(config), torch.randn(32, 1, 8, 8)
+    net, x = ViTForImageClassification(config), torch.randn(16, 1, 8, 8)
     y = _labels(x)
-    data = [{"pixel_values": x[:20], "labels": y[:20]}, {"pixel_values": x[20:], "labels": y[20:]}]
+    data = [{"pixel_values": x[:10], "labels": y[:10]}, {"pixel_values": x[10:], "labels": y[10:]}]
     stranger = Stranger(
         net, data, {"pixel_values": x}, y, lambda: F.cross_entropy(net(pixel_values=x).logits, y)
     )
