@@ -163,6 +163,7 @@ class TestStorage:
 
 
 WORKER = """
+import os
 import sys
 import numpy as np
 import torch.distributed as dist
@@ -183,7 +184,10 @@ for bad, message in ((uneven, "different dimensions"), (Moments(), "no process h
         assert message in str(error), error
     else:
         raise AssertionError(message)
+dist.barrier()
 dist.destroy_process_group()
+# gloo's threads may outlive the group; leaving at once spares their race with the interpreter.
+os._exit(0)
 """
 
 

@@ -163,8 +163,12 @@ for name, mask in {**masks, "grad": model[0].weight.grad}.items():
     dist.all_gather(both, mask)
     gathered[name] = torch.equal(*both)
 if rank == 0:
-    print(gathered["differ"], gathered["agree"], gathered["grad"])
+    print(gathered["differ"], gathered["agree"], gathered["grad"], flush=True)
+dist.barrier()
+del ddp
 dist.destroy_process_group()
+# gloo's threads may outlive the group; leaving at once spares their race with the interpreter.
+os._exit(0)
 """
 
 
