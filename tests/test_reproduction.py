@@ -44,7 +44,7 @@ def test_the_page_holds_summary_and_cards(tmp_path):
     assert len(page.encode()) < report.MAX_BYTES
     assert (
         page.index("Every claim and its verdict")
-        < page.index("P1.lower-bound: ")
+        < page.index("P1.lower-bound</th>")
         < page.index('id="v-p1-lower-bound"')
     )
     assert "For the identity of size 4" in page
@@ -93,3 +93,27 @@ def test_bad_data_folders_are_refused(tmp_path):
     (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(b"not a gzip file")
     with pytest.raises(ValueError, match="train-images-idx3-ubyte"):
         reproduce(Request(("P8.images",), "test", data=tmp_path))
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [1280, 375])
+def test_the_landscape_moves_with_the_slider(browser, tmp_path, width):
+    done = reproduce(Request(("P1.picture", "P4.index-rule"), "test", seeds=2))
+    path, _ = report.write_report(done.to_document(), tmp_path / "claims.html")
+    page = browser.new_page(viewport={"width": width, "height": 900})
+    complaints = []
+    page.on("console", lambda message: complaints.append(message.text))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.goto(path.as_uri())
+    page.query_selector("figure.chart").scroll_into_view_if_needed()
+    page.wait_for_selector(".interactive input[type=range]")
+    colours = (
+        "() => [...document.querySelectorAll('.interactive path')]"
+        ".map(path => path.getAttribute('fill')).join()"
+    )
+    before = page.evaluate(colours)
+    page.fill(".interactive input[type=range]", "2")
+    page.wait_for_function(f"before => ({colours})() !== before", arg=before)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert complaints == []
+    page.close()

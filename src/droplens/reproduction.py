@@ -101,10 +101,11 @@ class Reproduction:
         return said
 
     def _summary(self) -> Table:
-        columns = ("claim", "verdict", "measured", "predicted")
+        columns = ("claim", "statement", "verdict", "measured", "predicted")
         rows = [
             (
-                f"{one.claim.id}: {one.claim.statement}",
+                one.claim.id,
+                one.claim.statement,
                 one.verdict
                 if one.claim.expected_verdict == one.verdict == "holds"
                 else f"{one.verdict} (expected: {one.claim.expected_verdict})",

@@ -3,6 +3,11 @@
 from typing import Final
 
 from droplens.papers._claim import Claim
-from droplens.papers.p4 import _envelope, _objective, _training
+from droplens.papers.p4 import _deep, _envelope, _objective, _training
 
-CLAIMS: Final[tuple[Claim, ...]] = (*_objective.CLAIMS, *_envelope.CLAIMS, *_training.CLAIMS)
+CLAIMS: Final[tuple[Claim, ...]] = (
+    *_objective.CLAIMS,
+    *_envelope.CLAIMS,
+    *_training.CLAIMS,
+    *_deep.CLAIMS,
+)
