@@ -145,7 +145,7 @@ class _Curve:
 class _Noise:
     """Output noise of one site at any rate."""
 
-    def __init__(self, gate: Gate, rows: Sequence[Tensor], n: int) -> None:
+    def __init__(self, gate: Gate, rows: Tensor, n: int) -> None:
         self.gate, self.rows, self.n = gate, rows, n
         covariance = self._covariance(0.5)  # λ = 1
         self.unit = None

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from droplens._memory import keep_freed_memory
 from droplens.calling import check_inputs, check_outputs
 from droplens.gates import Gate, Opened, open_gates
 from droplens.losses import Family
-from droplens.penalties._layout import check_law_along, covariance_of, example_axis, to_rows
+from droplens.penalties._layout import check_law_along, covariance_of, example_axis
 from droplens.products import term_jacobian
 
 # Examples looked at to count how many units share a site's noise.
@@ -55,6 +56,7 @@ def open_network(
     Raises:
         ValueError: if the inputs are bad, a name is not met, or its mask mixes examples.
     """
+    keep_freed_memory()
     check_inputs(inputs)
     opened = open_gates(model, inputs, names)
     check_outputs(model, opened.outputs)
@@ -104,13 +106,12 @@ def _laid_out(
 class Term:
     """One of the T terms of every example: its natural parameters and the gates' Jacobians.
 
-    `rows` holds, per gate, m tensors (n_rows, *units), examples first; m counts the contrasts of
-    f (n, C).
+    `rows` holds a tensor (m, n_rows, *units) per gate; m counts the contrasts of f (n, C).
     """
 
     f: Tensor
     weight: Tensor
-    rows: tuple[tuple[Tensor, ...], ...]
+    rows: tuple[Tensor, ...]
 
 
 def terms(network: Network, create_graph: bool) -> Iterator[Term]:
@@ -125,25 +126,22 @@ def terms(network: Network, create_graph: bool) -> Iterator[Term]:
         scores = term_jacobian(f, term, contrasts, network.tensors, create_graph)
         here = f[:, term] if create_graph else f[:, term].detach()
         rows = tuple(
-            tuple(to_rows(axis, score) for score in column)
-            for axis, column in zip(network.axes, scores, strict=True)
+            score.movedim(axis + 1, 1) for axis, score in zip(network.axes, scores, strict=True)
         )
         yield Term(here, network.weights[:, term], rows)
 
 
-def participation(gate: Gate, rows: Sequence[Tensor], n: int) -> float:
+def participation(gate: Gate, rows: Tensor, n: int) -> float:
     """How many equal coins would make the site's output noise, averaged over examples.
 
-    (Σt)²/Σt² of t_a = Σ_c j_ca² over an example's coins, examples weighted by their noise. The
-    Gaussian value leans on many small contributions, so a small number is a warning.
+    (Σt)²/Σt² of t_a = Σ_c j_ca² over an example's coins, examples weighted by their noise; `rows`
+    as in `Term`. The Gaussian value leans on many small contributions, so a small number is a
+    warning.
     """
-    per_example = len(rows[0]) // n
-    step = max(1, n // _COUNTED_EXAMPLES) * per_example
-    starts = torch.arange(0, len(rows[0]), step, device=rows[0].device)
-    picked = (starts[:, None] + torch.arange(per_example, device=starts.device)).flatten()
-    scores = torch.stack([row.detach()[picked] for row in rows])
-    folded = covariance_of(gate, scores[0]).fold(scores)  # (m, examples · rows, coins)
-    shares = folded.square().sum(0).reshape(len(starts), -1)
+    step = max(1, n // _COUNTED_EXAMPLES)
+    scores = rows.detach().unflatten(1, (n, -1))[:, ::step]  # (m, examples, rows of one, *units)
+    folded = covariance_of(gate, scores[0, 0]).fold(scores)
+    shares = folded.square().sum(0).flatten(1)  # (examples, coins of an example)
     whole = shares.sum(1)
     if not bool((whole > 0).any()):
         return 0.0
