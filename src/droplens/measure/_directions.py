@@ -94,3 +94,27 @@ def given_direction(model: nn.Module, direction: Direction, position: int) -> Di
             raise ValueError(f"directions[{position}][{name!r}] holds NaN or Inf")
         result[name] = step
     return result
+
+
+def between(model_a: nn.Module, model_b: nn.Module) -> Direction:
+    """The direction from one solution to another, θ_b − θ_a, in the trainable weights.
+
+    At radius 1 along it `flatness` and `plane` of `model_a` have the weights of `model_b` (buffers
+    stay those of `model_a`; `interpolation` moves them too).
+
+    >>> a, b = nn.Linear(2, 1), nn.Linear(2, 1)
+    >>> sorted(between(a, b))
+    ['bias', 'weight']
+
+    Raises:
+        TypeError: if either is no torch module.
+        ValueError: if nothing is trainable, weights hold NaN or Inf, or the architectures differ.
+    """
+    start, end = trainable(model_a), trainable(model_b)
+    shapes = [{name: p.shape for name, p in found.items()} for found in (start, end)]
+    if shapes[0] != shapes[1]:
+        odd = sorted(set(shapes[0].items()) ^ set(shapes[1].items()))[0][0]
+        raise ValueError(
+            f"model_a and model_b have to share an architecture, but differ in {odd!r}"
+        )
+    return {name: end[name].detach().to(p) - p.detach() for name, p in start.items()}
