@@ -104,7 +104,8 @@ def crossed_estimate(table: Tensor, over: tuple[str, str] = ("masks", "direction
     column, are not independent. With s²_K, s²_D, s²_e the mean squares of the row means, of the
     column means and of what neither explains, the squared standard error is s²_K/K + s²_D/D −
     s²_e/(KD) (variance components of a two-way layout with random effects); `n` − 1 are
-    Satterthwaite's degrees of freedom. A single row or column is held fixed: the error is then
+    Satterthwaite's degrees of freedom. Where the entries are independent after all, the interval
+    is a little too wide (98% for 95%). A single row or column is held fixed: the error is then
     over the others alone, as `over` says.
 
     >>> crossed_estimate(torch.tensor([[1.0, 2.0], [1.0, 2.0]])).standard_error

@@ -14,7 +14,7 @@ from droplens.measure._directions import (
     Direction,
     Filters,
     given_direction,
-    random_direction,
+    random_directions,
 )
 from droplens.measure._masks import Masking, Masks
 from droplens.measure._risk import Loss, losses_at
@@ -163,7 +163,7 @@ def _directions(
     if isinstance(directions, int) and not isinstance(directions, bool):
         if directions < 1:
             raise ValueError(f"directions has to be at least 1, but got {directions}")
-        return [random_direction(model, source, filters) for _ in range(directions)], True
+        return random_directions(model, directions, source, filters), True
     if isinstance(directions, bool) or not isinstance(directions, Sequence):
         raise TypeError(
             "directions has to be a number or a sequence of {parameter name: step}, but got "

@@ -68,6 +68,11 @@ class Applied:
     def __init__(self, count: int, held: HeldMasks | None) -> None:
         self.count, self._held = count, held
 
+    @property
+    def drops(self) -> bool:
+        """Whether units may be dropped."""
+        return self._held is not None
+
     def hold(self, draw: int, batch: int) -> None:
         """Say whose masks the next forward pass has."""
         if self._held is not None:

@@ -44,6 +44,7 @@ class WeightMatrix(ABC):
         parameters = trainable(model)
         self._names, self.parameters = list(parameters), list(parameters.values())
         self.size = sum(p.numel() for p in self.parameters)
+        self.divisor = 1.0  # what the loss divides by over all data, known after a product
         self._curved = False
         self._held: tuple[float, Product] | None = None
         # Whether anything is dropped shows in the first graph, which may be all there is.
@@ -108,7 +109,8 @@ class WeightMatrix(ABC):
             for k, vector in enumerate(vectors):
                 result[:, k] += mass * _flat(product(vector))
             del product  # or its graph would live on while the next one is built
-        return result / self.loss.whole(masses)
+        self.divisor = self.loss.whole(masses)
+        return result / self.divisor
 
     def _graphs(self, draws: range) -> Iterator[tuple[int, float, Product]]:
         """One batch after the other, and for each one draw after the other.

@@ -137,8 +137,8 @@ def losses_at(
             masks.settle()
             mass = loss.mass(batch, outputs)
             masses += mass
-            for draw in range(masks.count):
-                for k, state in enumerate(states):
+            for k, state in enumerate(states):
+                for draw in range(masks.count):
                     masks.hold(draw, index)
                     value = loss.value(caller.at(state, batch.inputs), targets)
                     values[draw, k] += mass * float(value)
