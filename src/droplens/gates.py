@@ -7,7 +7,7 @@ draw of dropout does; put nothing there to see the network without dropout.
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +66,23 @@ def masks_replaced(model: nn.Module, visit: Callable[[Call, Tensor], Tensor]) ->
         yield
 
 
+@final
+class _Gated(torch.autograd.Function):
+    """x ∘ g at g = 1, without multiplying by ones on the way back when no graph is wanted."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gate: Tensor) -> Tensor:
+        ctx.save_for_backward(x, gate)
+        return x.clone()  # what follows may write into it
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, Tensor]:
+        x, gate = ctx.saved_tensors
+        (cotangent,) = cotangents
+        graph = torch.is_grad_enabled()
+        return cotangent * gate if graph else cotangent, cotangent * x
+
+
 def open_gates(model: nn.Module, inputs: Any, names: Collection[str] | None = None) -> Opened:
     """Run `model` without dropout, with a gate of ones at every site (or those in `names`).
 
@@ -88,7 +105,7 @@ def open_gates(model: nn.Module, inputs: Any, names: Collection[str] | None = No
         x = x[:1] if call.of_weights else x
         # One number seen through strides of zero: a gate costs no memory of its own.
         gate = torch.ones((), dtype=x.dtype, device=x.device).expand(x.shape).requires_grad_()
-        gated = x * gate
+        gated: Tensor = _Gated.apply(x, gate)  # type: ignore[no-untyped-call]  # torch's own
         if copies is not None:
             gated = gated.expand(copies)
             gates.append(Gate(call.name, site.law, gate, reads.follow(gated)))

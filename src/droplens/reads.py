@@ -84,8 +84,8 @@ class Convolution(Read):
         places = math.prod(h.shape[2 : 3 + len(kernel)])
         h = h.reshape(len(h), 1, self.groups, places, -1)
         d = delta.unflatten(3, (self.groups, -1)).movedim(2, 4).flatten(4)
-        found: Tensor = (d @ h).reshape(*delta.shape[:2], *self.values.shape)
-        return found
+        outer: Tensor = (d @ h).reshape(*delta.shape[:2], *self.values.shape)
+        return outer
 
 
 @final

@@ -11,8 +11,8 @@ from droplens.gates import Gate
 from droplens.masks import Bernoulli, Covariance, Gaussian
 from droplens.products import pull_back
 
-# Numbers stacked at once: small blocks come from memory that is at hand.
-_CACHED_NUMBERS = 1 << 18
+# Numbers whose weighted copy is made at once.
+_WEIGHED_NUMBERS = 1 << 22
 
 
 @final
@@ -30,17 +30,17 @@ class Layout:
     axis: int = 0
     strided: bool = False
 
-    def rows(self, tensor: Tensor) -> Tensor:
-        """The tensor with its rows in front, example by example: (n·r, ...)."""
-        tensor = tensor.movedim(self.axis, 0) if self.axis else tensor
+    def rows(self, tensor: Tensor, lead: int = 0) -> Tensor:
+        """The tensor with its rows in front of all but `lead` axes: (*lead, n·r, ...)."""
+        tensor = tensor.movedim(self.axis + lead, lead) if self.axis else tensor
         if not self.strided:
             return tensor
-        rows: Tensor = tensor.unflatten(0, (-1, self.n)).transpose(0, 1).flatten(0, 1)
-        return rows
+        rows: Tensor = tensor.unflatten(lead, (-1, self.n)).transpose(lead, lead + 1)
+        return rows.flatten(lead, lead + 1)
 
-    def apart(self, tensor: Tensor) -> Tensor:
-        """The tensor with its examples in front: (n, r, ...)."""
-        examples: Tensor = self.rows(tensor).unflatten(0, (self.n, -1))
+    def apart(self, tensor: Tensor, lead: int = 0) -> Tensor:
+        """The tensor with its examples in front of all but `lead` axes: (*lead, n, r, ...)."""
+        examples: Tensor = self.rows(tensor, lead).unflatten(lead, (self.n, -1))
         return examples
 
 
@@ -123,20 +123,15 @@ def covariance_of(gate: Gate, rows: Tensor) -> Covariance:
         raise ValueError(f"site {gate.name!r}: {error}") from error
 
 
-def noise_covariance(covariance: Covariance, rows: Sequence[Tensor], n: int) -> Tensor:
-    """K = J_h C̄ J_hᵀ of every example, (n, m, m), from m gate scores (n_rows, *units).
+def noise_covariance(covariance: Covariance, rows: Tensor, n: int) -> Tensor:
+    """K = J_h C̄ J_hᵀ of every example, (n, m, m), from m gate scores `rows` (m, n_rows, *units).
 
     Rows beyond n (heads, windows) have coins of their own, so their covariances add up.
     """
-    n_rows = len(rows[0])
-    size = max(1, _CACHED_NUMBERS // max(1, len(rows) * rows[0][0].numel()))
-    gram = torch.cat(
-        [
-            covariance.gram(torch.stack([row[start : start + size] for row in rows], 1))
-            for start in range(0, n_rows, size)
-        ]
-    )
-    return gram.unflatten(0, (n, -1)).sum(1) if n_rows != n else gram
+    folded = covariance.fold(rows).transpose(0, 1)  # (n_rows, m, coins)
+    size = max(1, _WEIGHED_NUMBERS // max(1, folded[0].numel()))
+    gram = torch.cat([covariance.product(part) for part in folded.split(size)])
+    return gram.unflatten(0, (n, -1)).sum(1) if len(gram) != n else gram
 
 
 def quadratics(gate: Gate, rows: Tensor, n: int) -> Tensor:

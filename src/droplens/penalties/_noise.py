@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from droplens._memory import keep_freed_memory
 from droplens.calling import check_inputs, check_outputs
 from droplens.gates import Gate, Opened, open_gates
 from droplens.losses import Family
@@ -75,6 +76,7 @@ def open_network(
     Raises:
         ValueError: if the inputs are bad, a name is not met, or its mask mixes examples.
     """
+    keep_freed_memory()
     check_inputs(inputs)
     opened = open_gates(model, inputs, names)
     check_outputs(model, opened.outputs)
@@ -124,13 +126,12 @@ def _sources(
 class Term:
     """One of the T terms of every example: its natural parameters and the gates' Jacobians.
 
-    `scores` holds, per tensor of the network, m rows of its shape; m counts the contrasts of
-    f (n, C).
+    `scores` holds, per tensor of the network, (m, *its shape); m counts the contrasts of f (n, C).
     """
 
     f: Tensor
     weight: Tensor
-    scores: tuple[tuple[Tensor, ...], ...]
+    scores: tuple[Tensor, ...]
 
 
 def terms(network: Network, create_graph: bool) -> Iterator[Term]:

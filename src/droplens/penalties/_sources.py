@@ -31,8 +31,8 @@ _COUNTED_EXAMPLES = 64
 # Numbers (examples × m × entries of a weight) held at once.
 _CHUNK_NUMBERS = 1 << 22
 
-# Per tensor of a source, m scores of its shape.
-Scores = Sequence[Sequence[Tensor]]
+# Per tensor of a source, m scores of its shape: (m, *shape).
+Scores = Sequence[Tensor]
 
 
 class Source(ABC):
@@ -65,7 +65,7 @@ class Source(ABC):
         The Gaussian value leans on many small contributions, so a small number is a warning.
         """
         step = max(1, n // _COUNTED_EXAMPLES)
-        picked = torch.arange(0, n, step, device=scores[0][0].device)
+        picked = torch.arange(0, n, step, device=scores[0].device)
         shares = self.shares(scores, n, picked)
         whole = shares.sum(1)
         if not bool((whole > 0).any()):
@@ -127,19 +127,16 @@ class Units(Source):
 
     def shares(self, scores: Scores, n: int, picked: Tensor) -> Tensor:
         """Of folded scores: a coin may move many units."""
-        rows = self._rows(scores)
-        each = len(rows[0]) // n
-        chosen = (picked[:, None] * each + torch.arange(each, device=picked.device)).flatten()
-        found = torch.stack([row.detach()[chosen] for row in rows])
-        folded = covariance_of(self.gate, found[0]).fold(found)  # (m, examples · rows, coins)
-        return folded.square().sum(0).reshape(len(picked), -1)
+        found = self.layout.apart(scores[0].detach(), 1)[:, picked]  # (m, examples, rows, *units)
+        folded = covariance_of(self.gate, found[0, 0]).fold(found)
+        return folded.square().sum(0).flatten(1)
 
     def scales(self, scores: Scores) -> bool:
         """All laws but those whose C̄ has another shape at every rate."""
         return isinstance(covariance_of(self.gate, self._rows(scores)[0]), GroupCovariance)
 
-    def _rows(self, scores: Scores) -> list[Tensor]:
-        return [self.layout.rows(score) for score in scores[0]]
+    def _rows(self, scores: Scores) -> Tensor:
+        return self.layout.rows(scores[0], 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,12 +163,12 @@ class Weights(Source):
 
     def quadratics(self, scores: Sequence[Tensor], n: int) -> Tensor:
         """One score is a Jacobian of one row."""
-        return self.noise([[score] for score in scores], n, self.law)[:, 0, 0]
+        return self.noise([score.unsqueeze(0) for score in scores], n, self.law)[:, 0, 0]
 
     def noise(self, scores: Scores, n: int, law: Law) -> Tensor:
         """Factorised where every example reads the weight once, else summed in chunks."""
         variance = self._variance(law)
-        deltas = [self._deltas(k, rows) for k, rows in enumerate(scores)]
+        deltas = [self._deltas(k, found) for k, found in enumerate(scores)]
         once = self._read_once(deltas)
         if once is not None:
             delta = deltas[0].flatten(2, -2).squeeze(2)  # (n, m, o)
@@ -184,7 +181,7 @@ class Weights(Source):
 
     def shares(self, scores: Scores, n: int, picked: Tensor) -> Tensor:
         """Of every entry of the weight."""
-        deltas = [self._deltas(k, rows).detach() for k, rows in enumerate(scores)]
+        deltas = [self._deltas(k, found).detach() for k, found in enumerate(scores)]
         found = []
         for chunk in self._chunks(len(picked), len(scores[0])):
             rows = picked[chunk]
@@ -202,9 +199,9 @@ class Weights(Source):
         except ValueError as error:
             raise ValueError(f"site {self.name!r}: {error}") from error
 
-    def _deltas(self, k: int, rows: Sequence[Tensor]) -> Tensor:
+    def _deltas(self, k: int, scores: Tensor) -> Tensor:
         """Gradients at read k, (n, m, r, *tap)."""
-        return torch.stack([self.reads[k].layout.apart(row) for row in rows], 1)
+        return self.reads[k].layout.apart(scores, 1).transpose(0, 1)
 
     def _read_once(self, deltas: Sequence[Tensor]) -> Tensor | None:
         """(W²)(h²), (n, o), where a matrix meets one vector an example: no outer product."""
