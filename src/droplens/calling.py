@@ -121,6 +121,12 @@ def tensors_in(inputs: Any) -> list[Tensor]:
     return []
 
 
+def device_of(model: nn.Module, inputs: Any) -> torch.device:
+    """Where the model computes: the device of its weights, else of its inputs, else the CPU."""
+    known = [*model.parameters(), *model.buffers(), *tensors_in(inputs)]
+    return known[0].device if known else torch.device("cpu")
+
+
 def check_inputs(inputs: Any) -> None:
     """Refuse inputs without examples or with NaN or Inf.
 

@@ -28,6 +28,7 @@ class Family(ABC):
     """What the library knows about a loss. f: (n, T, C); A(f): (n, T)."""
 
     quadratic = False  # A is a quadratic form: the second-order penalty is exact in the spread
+    reduction: str  # "mean" or "sum"
 
     @abstractmethod
     def natural(self, outputs: Tensor) -> Tensor:
@@ -60,6 +61,10 @@ class Family(ABC):
     @abstractmethod
     def normalizer(self, outputs: Tensor, targets: Tensor | None) -> float:
         """What the reduction divides by (1 for a sum): values of batches average with it."""
+
+    def divisor(self, outputs: Tensor, targets: Tensor | None) -> float | None:
+        """The normalizer of a mean; None for a sum, whose batches add up as they are."""
+        return None if self.reduction == "sum" else self.normalizer(outputs, targets)
 
     @abstractmethod
     def check_targets(self, outputs: Tensor, targets: Tensor) -> None:

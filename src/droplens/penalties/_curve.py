@@ -2,17 +2,22 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from droplens.losses import Family
 from droplens.losses import family as family_of
 from droplens.masks import Law, relative_variance
 from droplens.masks._law import check_rate
 from droplens.penalties._noise import Network, Term, open_network, terms
 from droplens.penalties._penalty import gaussian_spread, notes_on
+from droplens.penalties._pooling import Group, by_name, merged, shares, streamed, weighted
 from droplens.penalties._sources import Scores, Source
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,7 @@ class PenaltyCurve:
         participation: see `Penalty.participation`.
         notes: what a reader of the numbers should know.
         unmeasured: sites that are not counted, and why.
+        divisor: what the loss's mean divides by; None for a sum.
     """
 
     rates: tuple[float, ...]
@@ -36,6 +42,38 @@ class PenaltyCurve:
     participation: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     unmeasured: Mapping[str, str] = field(default_factory=dict)
+    divisor: float | None = None
+
+    def all_reduce(self, group: "ProcessGroup | None" = None) -> "PenaltyCurve":
+        """The curve over the data of all processes, the same on each; as `Penalty.all_reduce`.
+
+        Raises:
+            RuntimeError: if torch.distributed has not been initialised.
+            ValueError: if the processes met different sites or rates.
+        """
+        names = list(self.by_site)
+        processes = Group(self.divisor, [*map(str, self.rates), *names], group)
+        lines = torch.stack([self.total, self.second_order, *self.by_site.values()])
+        counts = [self.participation[name] for name in self.participation]
+        packed = processes.summed(
+            (
+                processes.share
+                * torch.cat([lines.flatten().double(), lines.new_tensor([*counts, 1.0])])
+            ).tolist()
+        )
+        whole = lines.new_tensor(packed[: lines.numel()]).reshape(lines.shape)
+        shared = packed[lines.numel() :]
+        return replace(
+            self,
+            total=whole[0],
+            second_order=whole[1],
+            by_site=dict(zip(names, whole[2:], strict=True)),
+            participation={
+                name: value / shared[-1]
+                for name, value in zip(self.participation, shared, strict=False)
+            },
+            divisor=processes.divisor,
+        )
 
 
 def penalty_curve(
@@ -54,10 +92,11 @@ def penalty_curve(
 
     Args:
         model: any torch module; the laws of its sites count, at the rates given.
-        inputs: a tensor, a tuple of positional or a mapping of keyword arguments.
+        inputs: a tensor, a tuple of positional or a mapping of keyword arguments; or a loader or
+            data set, streamed.
         loss: a loss object; units and reduction are its own.
         rates: drop probabilities, from 0 to below 1.
-        targets: needed only where they weigh examples.
+        targets: needed only where they weigh examples; a loader brings its own.
         sites: names of the sites to count; all of them if not given.
 
     Returns:
@@ -78,20 +117,53 @@ def penalty_curve(
     for p in checked:
         relative_variance(p)  # refuses p = 1
     family = family_of(loss)
+    batches = streamed(inputs, targets, model)
+    if batches is None:
+        return _curve_of(model, inputs, family, checked, targets, sites)
+    return _pooled([_curve_of(model, x, family, checked, y, sites) for x, y in batches])
+
+
+def _curve_of(
+    model: nn.Module,
+    inputs: Any,
+    family: Family,
+    rates: tuple[float, ...],
+    targets: Tensor | None,
+    sites: Sequence[str] | None,
+) -> PenaltyCurve:
+    """The curve of one batch."""
     with torch.enable_grad():
         network = open_network(model, inputs, family, targets, sites)
-        curve = _Curve(network, checked)
+        curve = _Curve(network, rates)
         for term in terms(network, create_graph=False):
             curve.add(term)
     counts = curve.counts
     return PenaltyCurve(
-        checked,
+        rates,
         curve.total,
         curve.by_site,
         curve.second_order,
         counts,
         notes_on(network, counts),
         {**network.unmeasured, **curve.rateless},
+        network.divisor,
+    )
+
+
+def _pooled(found: Sequence[PenaltyCurve]) -> PenaltyCurve:
+    """Of all batches together."""
+    weights = shares([part.divisor for part in found])
+    divisors = [part.divisor for part in found if part.divisor is not None]
+    counted = [w / sum(weights) for w in weights]
+    return PenaltyCurve(
+        found[0].rates,
+        weighted(weights, [part.total for part in found]),
+        by_name(weights, [part.by_site for part in found]),
+        weighted(weights, [part.second_order for part in found]),
+        by_name(counted, [part.participation for part in found]),
+        tuple(dict.fromkeys(note for part in found for note in part.notes)),
+        merged(part.unmeasured for part in found),
+        sum(divisors) if divisors else None,
     )
 
 

@@ -27,6 +27,7 @@ class Network:
         weights: of the loss's terms, (n, T).
         sources: the sites' coins, where examples can be told apart.
         unmeasured: the other sites, and why.
+        divisor: what the loss's mean divides by; None for a sum.
     """
 
     family: Family
@@ -34,6 +35,7 @@ class Network:
     weights: Tensor
     sources: tuple[Source, ...]
     unmeasured: dict[str, str]
+    divisor: float | None
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -86,7 +88,8 @@ def open_network(
     sources, mixing = _sources(f, opened.gates, keep)
     if names is not None and mixing:
         raise ValueError(next(iter(mixing.values())))
-    return Network(family, f, weights, sources, {**opened.unmeasured, **mixing})
+    divisor = family.divisor(opened.outputs.detach(), targets)
+    return Network(family, f, weights, sources, {**opened.unmeasured, **mixing}, divisor)
 
 
 def _check_names(names: Sequence[str] | None, opened: Opened) -> None:

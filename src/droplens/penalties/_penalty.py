@@ -1,18 +1,24 @@
 """What dropout costs without drawing a mask: three evaluations of the spread."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal, final
+from typing import TYPE_CHECKING, Any, Literal, final
 
 import torch
 from torch import Tensor, nn
 
+from droplens.calling import device_of
 from droplens.losses import POINTS, Family
 from droplens.losses import family as family_of
 from droplens.penalties._noise import Network, Term, open_network, terms
+from droplens.penalties._pooling import Group, by_name, merged, shares, streamed, weighted
 from droplens.products import pull_back
 from droplens.randomness import private_generator
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 Method = Literal["gaussian", "second_order", "sampled"]
 
@@ -39,6 +45,7 @@ class Penalty:
         seed: repeats the probes; None if none were drawn.
         notes: what a reader of the number should know.
         unmeasured: sites that are not counted (no law, or a mask that mixes examples), and why.
+        divisor: what the loss's mean divides by; None for a sum.
     """
 
     total: Tensor
@@ -51,9 +58,45 @@ class Penalty:
     seed: int | None = None
     notes: tuple[str, ...] = ()
     unmeasured: Mapping[str, str] = field(default_factory=dict)
+    divisor: float | None = None
 
     def __float__(self) -> float:
         return float(self.total.detach())
+
+    def all_reduce(self, group: "ProcessGroup | None" = None) -> "Penalty":
+        """The penalty over the data of all processes, the same on each, without a graph.
+
+        Every process computes its own part and calls this. `per_example` stays that of the
+        process's own examples, weighed as the whole weighs them.
+
+        Args:
+            group: of torch.distributed; the default group if not given.
+
+        Raises:
+            RuntimeError: if torch.distributed has not been initialised.
+            ValueError: if the processes met different sites.
+        """
+        processes = Group(self.divisor, [self.method, *self.by_site], group)
+        share = processes.share
+        mine = [self.total, *self.by_site.values()]
+        counts = list(self.participation)
+        packed = processes.summed(
+            [float(value.detach()) * share for value in mine]
+            + [share * self.participation[name] for name in counts]
+            + [(share * self.standard_error) ** 2, share]
+        )
+        total, *sites = (self.total.new_tensor(value) for value in packed[: len(mine)])
+        return replace(
+            self,
+            total=total.detach(),
+            by_site=dict(zip(self.by_site, sites, strict=True)),
+            per_example=self.per_example.detach() * share,
+            participation={
+                name: packed[len(mine) + k] / packed[-1] for k, name in enumerate(counts)
+            },
+            standard_error=packed[-2] ** 0.5,
+            divisor=processes.divisor,
+        )
 
 
 _ORDER = {
@@ -91,10 +134,12 @@ def penalty(  # noqa: PLR0913  # the last five are keywords with defaults
 
     Args:
         model: any torch module; its sites' train-mode laws count, whatever mode it is in.
-        inputs: a tensor, a tuple of positional or a mapping of keyword arguments.
+        inputs: a tensor, a tuple of positional or a mapping of keyword arguments; or a loader or
+            data set, streamed: no batch and no graph is held, so the result carries no gradient.
         loss: a loss object such as `nn.CrossEntropyLoss()`; units and reduction are its own.
         method: "gaussian", "second_order" or "sampled".
-        targets: needed only where they weigh examples (class weights, an ignore_index).
+        targets: needed only where they weigh examples (class weights, an ignore_index); a loader
+            brings its own.
         sites: names of the sites to count; all of them if not given.
         draws: probes, for "sampled"; one backward pass each. With one, the standard error is an
             upper bound.
@@ -118,32 +163,85 @@ def penalty(  # noqa: PLR0913  # the last five are keywords with defaults
         raise ValueError(f"method has to be one of {known}, but got {method!r}")
     if not draws >= 1:
         raise ValueError(f"draws has to be at least 1, but got {draws}")
-    family = family_of(loss)
-    keep = torch.is_grad_enabled()
-    error, used_seed, counts = 0.0, None, dict[str, float]()
-    by_site: Mapping[str, Tensor]
-    with torch.enable_grad():
-        network = open_network(model, inputs, family, targets, sites, keep)
-        if method == "sampled":
-            source, used_seed = private_generator(generator, seed, network.f.device)
-            by_site, each, error = _sampled(network, draws, source, keep)
-        elif method == "second_order" or family.quadratic:
-            by_site, each = _second_order(network, keep)
-        else:
-            by_site, each, counts = _gaussian(network, keep)
-    if not keep:
-        each = each.detach()
-    return Penalty(
-        each.sum(),
-        by_site,
-        each,
-        method,
-        _EXACT if family.quadratic and method != "sampled" else _ORDER[method],
-        counts,
-        error,
-        used_seed,
-        notes_on(network, counts),
-        network.unmeasured,
+    asked = _Asked(model, family_of(loss), method, sites, draws)
+    source, used_seed = None, None
+    if method == "sampled":
+        source, used_seed = private_generator(generator, seed, device_of(model, inputs))
+    batches = streamed(inputs, targets, model)
+    if batches is None:
+        return asked.priced(inputs, targets, torch.is_grad_enabled(), source, used_seed)
+    found = []
+    for x, y in batches:
+        part = asked.priced(x, y, False, source, used_seed)
+        # Values by site are computed at once, or the noise of every example would be held.
+        found.append(replace(part, by_site=dict(part.by_site)))
+    return _pooled(found)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What is asked of every batch."""
+
+    model: nn.Module
+    family: Family
+    method: Method
+    sites: Sequence[str] | None
+    draws: int
+
+    def priced(
+        self,
+        inputs: Any,
+        targets: Tensor | None,
+        keep: bool,
+        source: torch.Generator | None,
+        seed: int | None,
+    ) -> Penalty:
+        """The penalty of one batch; `keep` its graph."""
+        error, counts = 0.0, dict[str, float]()
+        by_site: Mapping[str, Tensor]
+        family, method = self.family, self.method
+        with torch.enable_grad():
+            network = open_network(self.model, inputs, family, targets, self.sites, keep)
+            if source is not None:
+                by_site, each, error = _sampled(network, self.draws, source, keep)
+            elif method == "second_order" or family.quadratic:
+                by_site, each = _second_order(network, keep)
+            else:
+                by_site, each, counts = _gaussian(network, keep)
+        if not keep:
+            each = each.detach()
+        return Penalty(
+            each.sum(),
+            by_site,
+            each,
+            method,
+            _EXACT if family.quadratic and method != "sampled" else _ORDER[method],
+            counts,
+            error,
+            seed,
+            notes_on(network, counts),
+            network.unmeasured,
+            network.divisor,
+        )
+
+
+def _pooled(found: Sequence[Penalty]) -> Penalty:
+    """Of all batches together."""
+    weights = shares([part.divisor for part in found])
+    divisors = [part.divisor for part in found if part.divisor is not None]
+    counted = [w / sum(weights) for w in weights]
+    return replace(
+        found[0],
+        total=weighted(weights, [part.total for part in found]),
+        by_site=by_name(weights, [part.by_site for part in found]),
+        per_example=torch.cat([w * p.per_example for w, p in zip(weights, found, strict=True)]),
+        participation=by_name(counted, [part.participation for part in found]),
+        standard_error=math.hypot(
+            *(w * part.standard_error for w, part in zip(weights, found, strict=True))
+        ),
+        notes=tuple(dict.fromkeys(note for part in found for note in part.notes)),
+        unmeasured=merged(part.unmeasured for part in found),
+        divisor=sum(divisors) if divisors else None,
     )
 
 
