@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from droplens.discovery import sites as sites
     from droplens.dynamics import gradient_noise as gradient_noise
     from droplens.dynamics import modified_loss as modified_loss
+    from droplens.dynamics import replace_dropout as replace_dropout
     from droplens.estimates import Estimate as Estimate
     from droplens.inspection import Comparison as Comparison
     from droplens.inspection import Inspection as Inspection
@@ -50,6 +51,7 @@ _HOMES = {
     "penalty_curve": "penalties",
     "predict": "prediction",
     "register_site": "discovery",
+    "replace_dropout": "dynamics",
     "sites": "discovery",
 }
 
