@@ -38,7 +38,7 @@ def _hermite(n_nodes: int) -> tuple[Tensor, Tensor]:
 @lru_cache(maxsize=1)
 def _laguerre() -> tuple[Tensor, Tensor]:
     """Nodes t > 0 and weights for ∫₀^∞ log(1 + e^(−t)) g(t) dt, g smooth."""
-    nodes, weights = np.polynomial.laguerre.laggauss(12)
+    nodes, weights = np.polynomial.laguerre.laggauss(8)
     weights = weights * np.exp(nodes) * np.log1p(np.exp(-nodes))
     return torch.from_numpy(nodes), torch.from_numpy(weights)
 
@@ -71,7 +71,7 @@ def softplus_excess(a: Tensor, variance: Tensor) -> Tensor:
 # Below this logit softplus is its exponential to 0.15%.
 _EXPONENTIAL = -6.0
 # From this width on the bump is smooth against the noise.
-_WIDE = 2.0
+_WIDE = 2.5
 
 
 def reached(a: Tensor, variance: Tensor) -> Tensor:
@@ -81,7 +81,7 @@ def reached(a: Tensor, variance: Tensor) -> Tensor:
 
 
 def _narrow(a: Tensor, s: Tensor) -> Tensor:
-    smooth = s.numel() == 0 or float(s.detach().max()) < 0.5
+    smooth = s.numel() == 0 or float(s.detach().max()) < 1.5
     nodes, weights = (part.to(a) for part in _hermite(8 if smooth else 12))
     # softplus(a + x) − softplus(a) = log(1 + σ(a)(eˣ − 1)); odd parts cancel in the symmetric sum.
     steps = torch.expm1(s.unsqueeze(-1) * nodes)

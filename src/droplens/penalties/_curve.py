@@ -7,13 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from droplens.gates import Gate
 from droplens.losses import family as family_of
-from droplens.masks import Covariance, GroupCovariance, relative_variance
+from droplens.masks import Law, relative_variance
 from droplens.masks._law import check_rate
-from droplens.penalties._layout import covariance_of, noise_covariance
-from droplens.penalties._noise import Network, Term, open_network, participation, terms
+from droplens.penalties._noise import Network, Term, open_network, terms
 from droplens.penalties._penalty import gaussian_spread, notes_on
+from droplens.penalties._sources import Scores, Source
 
 
 @dataclass(frozen=True)
@@ -103,26 +102,27 @@ class _Curve:
         f = network.f.detach()
         self.network, self.rates, self.n = network, rates, len(f)
         self.rateless = {
-            gate.name: f"{type(gate.law).__name__} has no rate p"
-            for gate in network.gates
-            if not hasattr(gate.law, "p")
+            source.name: f"{type(source.law).__name__} has no rate p"
+            for source in network.sources
+            if not hasattr(source.law, "p")
         }
         self.total = f.new_zeros(len(rates))
         self.second_order = f.new_zeros(len(rates))
-        names = [gate.name for gate in network.gates if gate.name not in self.rateless]
+        names = [s.name for s in network.sources if s.name not in self.rateless]
         self.by_site = {name: f.new_zeros(len(rates)) for name in names}
         self.counts: dict[str, float] = {}
 
     def add(self, term: Term) -> None:
         family = self.network.family
         used = [
-            (gate, rows)
-            for gate, rows in zip(self.network.gates, term.rows, strict=True)
-            if gate.name in self.by_site
+            (source, scores)
+            for source, scores in self.network.by_source(term.scores)
+            if source.name in self.by_site
         ]
-        for gate, rows in used:
-            self.counts.setdefault(gate.name, participation(gate, rows, self.n))
-        noises = [_Noise(gate, rows, self.n) for gate, rows in used]
+        for source, scores in used:
+            if source.name not in self.counts:
+                self.counts[source.name] = source.participation(scores, self.n)
+        noises = [_Noise(source, scores, self.n) for source, scores in used]
         weight, f = term.weight.detach(), term.f
         hessian = family.hessian(f.unsqueeze(1)).squeeze(1)
         for k, p in enumerate(self.rates):
@@ -135,29 +135,26 @@ class _Curve:
             self.second_order[k] += (weight * curvature).sum().detach()
             together = (weight * gaussian_spread(family, f, joint)).sum().detach()
             self.total[k] += together
-            for (gate, _), noise in zip(used, each, strict=True):
+            for (source, _), noise in zip(used, each, strict=True):
                 alone = together
                 if len(used) > 1:
                     alone = (weight * gaussian_spread(family, f, noise)).sum().detach()
-                self.by_site[gate.name][k] += alone
+                self.by_site[source.name][k] += alone
 
 
 class _Noise:
     """Output noise of one site at any rate."""
 
-    def __init__(self, gate: Gate, rows: Sequence[Tensor], n: int) -> None:
-        self.gate, self.rows, self.n = gate, rows, n
-        covariance = self._covariance(0.5)  # λ = 1
-        self.unit = None
-        if isinstance(covariance, GroupCovariance):
-            self.unit = noise_covariance(covariance, rows, n)
+    def __init__(self, source: Source, scores: Scores, n: int) -> None:
+        self.source, self.scores, self.n = source, scores, n
+        half = self._law(0.5)  # λ = 1
+        self.unit = source.noise(scores, n, half) if source.scales(scores) else None
 
     def at(self, p: float) -> Tensor:
         """K at rate p, (n, m, m)."""
         if self.unit is not None:
             return relative_variance(p) * self.unit
-        return noise_covariance(self._covariance(p), self.rows, self.n)
+        return self.source.noise(self.scores, self.n, self._law(p))
 
-    def _covariance(self, p: float) -> Covariance:
-        law = replace(self.gate.law, p=p)  # type: ignore[type-var]  # laws are dataclasses
-        return covariance_of(Gate(self.gate.name, law, self.gate.tensor), self.rows[0])
+    def _law(self, p: float) -> Law:
+        return replace(self.source.law, p=p)  # type: ignore[type-var]  # laws are dataclasses

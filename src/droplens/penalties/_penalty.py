@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from droplens.losses import POINTS, Family
 from droplens.losses import family as family_of
-from droplens.penalties._layout import covariance_of, noise_covariance, quadratics, to_rows
-from droplens.penalties._noise import Network, Term, open_network, participation, terms
+from droplens.penalties._noise import Network, Term, open_network, terms
 from droplens.products import pull_back
 from droplens.randomness import private_generator
 
@@ -124,7 +123,7 @@ def penalty(  # noqa: PLR0913  # the last five are keywords with defaults
     error, used_seed, counts = 0.0, None, dict[str, float]()
     by_site: Mapping[str, Tensor]
     with torch.enable_grad():
-        network = open_network(model, inputs, family, targets, sites)
+        network = open_network(model, inputs, family, targets, sites, keep)
         if method == "sampled":
             source, used_seed = private_generator(generator, seed, network.f.device)
             by_site, each, error = _sampled(network, draws, source, keep)
@@ -156,7 +155,7 @@ def notes_on(network: Network, counts: Mapping[str, float]) -> tuple[str, ...]:
         for name, count in counts.items()
         if 0 < count < FEW_UNITS
     ]
-    if any(gate.name.split("#")[0].endswith("attention") for gate in network.gates):
+    if any(source.name.split("#")[0].endswith("attention") for source in network.sources):
         notes.append(_MATHS_KERNEL)
     return tuple(notes)
 
@@ -164,7 +163,7 @@ def notes_on(network: Network, counts: Mapping[str, float]) -> tuple[str, ...]:
 def _nothing(network: Network) -> tuple[dict[str, Tensor], Tensor]:
     """Zeros to add to: a scalar by site, and a number per example."""
     f = network.f
-    return {gate.name: f.new_zeros(()) for gate in network.gates}, f.new_zeros(len(f))
+    return {source.name: f.new_zeros(()) for source in network.sources}, f.new_zeros(len(f))
 
 
 def _second_order(network: Network, keep: bool) -> tuple[dict[str, Tensor], Tensor]:
@@ -211,9 +210,9 @@ def _half_quadratics(network: Network, cotangent: Tensor, keep: bool) -> dict[st
     """½ sᵀ C̄ s of every example (n) by site, s the cotangent pulled back to the gates."""
     scores = pull_back(network.f, cotangent, network.tensors, create_graph=keep)
     found = {}
-    for gate, axis, score in zip(network.gates, network.axes, scores, strict=True):
-        value = 0.5 * quadratics(gate, to_rows(axis, score), len(network.f))
-        found[gate.name] = value if keep else value.detach()
+    for source, own in network.by_source(scores):
+        value = 0.5 * source.quadratics(own, len(network.f))
+        found[source.name] = value if keep else value.detach()
     return found
 
 
@@ -247,16 +246,16 @@ def _gaussian(
     family, n = network.family, len(network.f)
     _, total = _nothing(network)
     counts: dict[str, float] = {}
-    found: dict[str, list[tuple[Term, Tensor]]] = {gate.name: [] for gate in network.gates}
+    found: dict[str, list[tuple[Term, Tensor]]] = {source.name: [] for source in network.sources}
     for term in terms(network, create_graph=keep):
         noises = []
-        for gate, rows in zip(network.gates, term.rows, strict=True):
-            noises.append(noise_covariance(covariance_of(gate, rows[0]), rows, n))
-            if gate.name not in counts:
-                counts[gate.name] = participation(gate, rows, n)
-        kept = replace(term, rows=())  # the Jacobians are spent
-        for gate, noise in zip(network.gates, noises, strict=True):
-            found[gate.name].append((kept, noise))
+        for source, scores in network.by_source(term.scores):
+            noises.append(source.noise(scores, n, source.law))
+            if source.name not in counts:
+                counts[source.name] = source.participation(scores, n)
+        kept = replace(term, scores=())  # the Jacobians are spent
+        for source, noise in zip(network.sources, noises, strict=True):
+            found[source.name].append((kept, noise))
         joint = torch.stack(noises).sum(0)
         total = total + term.weight * gaussian_spread(family, term.f, joint)
 
