@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from droplens.discovery import Site as Site
     from droplens.discovery import register_site as register_site
     from droplens.discovery import sites as sites
+    from droplens.dynamics import explain_gap as explain_gap
     from droplens.dynamics import gradient_noise as gradient_noise
     from droplens.dynamics import modified_loss as modified_loss
     from droplens.dynamics import replace_dropout as replace_dropout
@@ -45,6 +46,7 @@ _HOMES = {
     "compare": "inspection",
     "inspect": "inspection",
     "decompose": "penalties",
+    "explain_gap": "dynamics",
     "gradient_noise": "dynamics",
     "modified_loss": "dynamics",
     "penalty": "penalties",
