@@ -4,6 +4,7 @@ Open them to differentiate the network in its gates; put masks in their place to
 draw of dropout does; put nothing there to see the network without dropout.
 """
 
+import hashlib
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -98,3 +99,52 @@ def draw_masks(
         return x * call.law.sample(x.shape, generator, device=x.device, dtype=x.dtype)
 
     return visit
+
+
+class HeldMasks:
+    """Masks that come again: the same draw on the same batch has the same masks.
+
+    Args:
+        seed: of all of them.
+        device: where they are drawn; that of the activations.
+    """
+
+    def __init__(self, seed: int, device: torch.device) -> None:
+        self._seed, self._generator = seed, torch.Generator(device=device)
+        self.drew = False
+
+    def hold(self, draw: int, batch: int) -> None:
+        """Take up the masks of draw number `draw` for batch number `batch`; once a forward pass."""
+        key = f"{self._seed}/{draw}/{batch}".encode()
+        digest = hashlib.blake2b(key, digest_size=8).digest()
+        self._generator.manual_seed(int.from_bytes(digest) >> 1)
+
+    def visit(self, call: Call, x: Tensor) -> Tensor:
+        """Multiply by the mask; for `intercept`.
+
+        Raises:
+            ValueError: if the site's law is not known.
+        """
+        if not call.on:
+            return x
+        if call.law is None:
+            raise ValueError(
+                f"its masks cannot be held ({call.reason}); masks='off' measures without them"
+            )
+        self.drew = True
+        return x * call.law.sample(x.shape, self._generator, device=x.device, dtype=x.dtype)
+
+
+@contextmanager
+def masks_held(model: nn.Module, seed: int) -> Iterator[HeldMasks]:
+    """While open, all sites are on with masks that `seed` repeats, norm layers in eval.
+
+    Yields:
+        What chooses the masks of the next forward pass.
+    """
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    held = HeldMasks(seed, device)
+    with guarded(model), intercept(model, held.visit):
+        switch_on(model)
+        held.hold(0, 0)
+        yield held

@@ -91,3 +91,36 @@ def hessian_product(
         allow_unused=True,
         materialize_grads=True,
     )
+
+
+class GaussNewtonGraph:
+    """J and Jᵀ of the outputs f in the parameters, from one graph for any number of products.
+
+    Jᵀu is linear in u, so differentiating it in u gives J: two backward passes over one graph
+    stand for forward-mode derivatives, which not every operation has.
+    """
+
+    def __init__(self, f: Tensor, parameters: Sequence[Tensor]) -> None:
+        self._f, self._parameters = f, parameters
+        self._u = torch.zeros_like(f, requires_grad=True)
+        self._pulled = torch.autograd.grad(
+            f, parameters, self._u, create_graph=True, allow_unused=True, materialize_grads=True
+        )
+
+    def push(self, vector: Sequence[Tensor]) -> Tensor:
+        """J v, of f's shape; `vector` holds a tensor for each parameter."""
+        pairs = [(g, v) for g, v in zip(self._pulled, vector, strict=True) if g.requires_grad]
+        if not pairs:
+            return torch.zeros_like(self._f)
+        (pushed,) = torch.autograd.grad(
+            [g for g, _ in pairs],
+            self._u,
+            [v for _, v in pairs],
+            retain_graph=True,
+            materialize_grads=True,
+        )
+        return pushed.detach()
+
+    def pull(self, cotangent: Tensor) -> tuple[Tensor, ...]:
+        """Jᵀ u, a tensor for each parameter."""
+        return pull_back(self._f, cotangent, self._parameters)
