@@ -1,6 +1,9 @@
 """Expectations over normal noise without drawing any: point sets and one-dimensional rules."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 
 import numpy as np
@@ -8,12 +11,48 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_turning: ContextVar[torch.Generator | None] = ContextVar("_turning", default=None)
 
-@lru_cache(maxsize=16)
+
+@contextmanager
+def turned_points(generator: torch.Generator) -> Iterator[None]:
+    """While open, every use of `normal_points` sees the set under a fresh random rotation.
+
+    For training: weights that are fitted to an integral over one fixed set of points fit the
+    points, and between them the integrand is what it likes.
+    """
+    token = _turning.set(generator)
+    try:
+        yield
+    finally:
+        _turning.reset(token)
+
+
 def normal_points(dimension: int, n_points: int) -> Tensor:
     """A fixed set of scrambled Sobol normal points, centred and whitened: (n_points, dimension).
 
     Mean 0 and covariance I hold exactly, so quadratic functions are integrated without error.
+
+    Raises:
+        ValueError: if there are too few points to whiten.
+    """
+    points, source = _whitened_points(dimension, n_points), _turning.get()
+    return points if source is None else points @ _rotation(dimension, source).to(points.device)
+
+
+def _rotation(dimension: int, source: torch.Generator) -> Tensor:
+    """An orthogonal matrix, uniform over all of them (Haar)."""
+    gaussian = torch.randn(
+        dimension, dimension, generator=source, device=source.device, dtype=torch.float64
+    )
+    Q, R = torch.linalg.qr(gaussian)
+    rotation: Tensor = Q * R.diagonal().sign()
+    return rotation
+
+
+@lru_cache(maxsize=16)
+def _whitened_points(dimension: int, n_points: int) -> Tensor:
+    """See `normal_points`.
 
     Raises:
         ValueError: if there are too few points to whiten.

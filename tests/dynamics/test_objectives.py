@@ -72,12 +72,12 @@ def test_the_four_losses_are_what_their_names_say():
     dropped = dynamics.averaged(cross_entropy, generator=generator())(net, x, labels)
     square = EPSILON / 4 * flat(dropped, net).square().sum().item()
     plain = cross_entropy(net.eval()(x), labels).item()
-    explicit = dl.penalty(net, x, cross_entropy).total.item()
+    explicit = dl.penalty(net, x, cross_entropy, "second_order").total.item()
     values = {
-        "L1": dynamics.L1(cross_entropy)(net, x, labels),
+        "L1": dynamics.L1(cross_entropy, "second_order")(net, x, labels),
         "L2": dynamics.L2(cross_entropy, EPSILON, generator=generator())(net, x, labels),
         "L3": dynamics.L3(cross_entropy, EPSILON, generator=generator())(net, x, labels),
-        "L4": dynamics.L4(cross_entropy, generator=generator())(net, x, labels),
+        "L4": dynamics.L4(cross_entropy, "second_order", generator=generator())(net, x, labels),
     }
     dropped = dropped.item()
     expected = {

@@ -33,7 +33,11 @@ def test_squared_loss_before_the_last_layer_is_the_mean_over_all_masks(method):
 def test_the_gradient_is_that_of_the_value(method):
     """Finite differences along a random direction, two sites and cross-entropy."""
     net = network(sites=2, units=4)
-    objective = dl.replace_dropout(net, cross_entropy, method)
+
+    def objective(x, labels):
+        same = torch.Generator().manual_seed(3)
+        return dl.replace_dropout(net, cross_entropy, method, generator=same)(x, labels)
+
     gradient = flat(objective(x, labels), net)
     direction = randn(len(gradient), seed=7)
     start = nn.utils.parameters_to_vector(net.parameters()).detach()
@@ -56,7 +60,7 @@ def test_probes_are_unbiased_for_the_second_orders_gradient():
 
 
 def test_probes_follow_torchs_global_seed():
-    objective = dl.replace_dropout(network(), cross_entropy, "sampled")
+    objective = dl.replace_dropout(network(classes=3), cross_entropy, "sampled")
     values = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
@@ -66,22 +70,45 @@ def test_probes_follow_torchs_global_seed():
 
 def test_parts_and_the_objective_of_the_same_name():
     net = network()
-    step = dl.replace_dropout(net, cross_entropy).parts(x, labels)
+    step = dl.replace_dropout(net, cross_entropy, "second_order").parts(x, labels)
     assert step.base.item() == cross_entropy(net.eval()(x), labels).item()
-    assert step.penalty.item() == dl.penalty(net, x, cross_entropy).total.item()
-    assert step.total.item() == penalty_only(cross_entropy)(net, x, labels).item()
+    assert step.penalty.item() == dl.penalty(net, x, cross_entropy, "second_order").total.item()
+    same = penalty_only(cross_entropy, "second_order")
+    assert step.total.item() == same(net, x, labels).item()
+
+
+def test_points_turn_at_every_call():
+    """Three classes, so that there is something to turn: values differ, their mean is the value."""
+    net = network(classes=3, p=0.6)
+    objective = dl.replace_dropout(net, cross_entropy, generator=torch.Generator().manual_seed(0))
+    values = torch.tensor([objective.parts(x, labels).penalty.item() for _ in range(200)])
+    assert float(values.std()) > 0
+    fixed = [dl.penalty(net, x, cross_entropy).total.item() for _ in range(2)]
+    assert fixed[0] == fixed[1]
+    assert float(values.mean()) == pytest.approx(fixed[0], rel=0.05)
 
 
 def test_to_go_back_is_to_stop_calling_it():
     net = network(sites=2).train()
     before = state_of(net)
+    rng = torch.get_rng_state()
     dl.replace_dropout(net, cross_entropy)(x, labels)
+    assert not torch.equal(torch.get_rng_state(), rng)  # a seed, as a mask would take one
+    torch.set_rng_state(rng)
     assert_same_state(before, state_of(net))
     assert not net._forward_hooks
     assert not torch.equal(net(x), net(x))
     with pytest.raises(RuntimeError, match="the forward is broken"):
         dl.replace_dropout(broken := Raises(), cross_entropy)(torch.zeros(2, 1, 4, 4), labels)
     assert not broken._forward_hooks
+
+
+def test_what_draws_nothing_leaves_the_global_stream_alone():
+    net = network()
+    state = torch.get_rng_state()
+    dl.replace_dropout(net, cross_entropy, "second_order")(x, labels)
+    dl.replace_dropout(net, nn.MSELoss())(x, targets)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_without_gradients_no_graph_is_kept():
@@ -98,13 +125,14 @@ def normed():
 
 def test_norm_layers_follow_the_data_in_the_base_and_stand_in_eval_in_the_penalty():
     net, twin = normed().train(), normed().train()
-    step = dl.replace_dropout(net, cross_entropy).parts(x, labels)
+    step = dl.replace_dropout(net, cross_entropy, "second_order").parts(x, labels)
     twin[3].eval()
     assert step.base.item() == cross_entropy(twin(x), labels).item()
     torch.testing.assert_close(net[1].running_mean, twin[1].running_mean)
     assert net[1].num_batches_tracked == 1
     fresh = normed()
-    assert step.penalty.item() == dl.penalty(fresh, x, cross_entropy).total.item()
+    expected = dl.penalty(fresh, x, cross_entropy, "second_order").total
+    assert step.penalty.item() == expected.item()
     assert all(module.training for module in net.modules())
 
 
@@ -112,7 +140,8 @@ def test_norm_layers_in_eval_stay_as_they_are():
     net = normed().train()
     net[1].eval()
     before = state_of(net)
-    dl.replace_dropout(net, cross_entropy)(x, labels)
+    source = torch.Generator().manual_seed(0)
+    dl.replace_dropout(net, cross_entropy, generator=source)(x, labels)
     assert_same_state(before, state_of(net))
 
 
