@@ -291,17 +291,21 @@ class Fingerprint:
 class SameEveryPass(Batches):
     """Batches of which every complete pass is compared with the first.
 
-    For methods that combine several passes, such as products with one Hessian.
+    For methods that combine several passes, such as products with one Hessian. `in_order` also
+    asks that every batch be where it was, as masks that are held batch by batch need.
     """
 
-    def __init__(self, batches: Batches) -> None:
-        self._batches = batches
+    def __init__(self, batches: Batches, in_order: bool = False) -> None:
+        self._batches, self.in_order = batches, in_order
         self._first: Fingerprint | None = None
+        self._firsts: list[Fingerprint] = []
 
     def __iter__(self) -> Iterator[Batch]:
         seen = Fingerprint()
-        for batch in self._batches:
+        for position, batch in enumerate(self._batches):
             seen.add(batch)
+            if self.in_order:
+                self._check_place(position, batch)
             yield batch
         if self._first is None:
             self._first = seen
@@ -312,12 +316,32 @@ class SameEveryPass(Batches):
                 "shuffle=False without augmentation"
             )
 
+    def _check_place(self, position: int, batch: Batch) -> None:
+        own = Fingerprint()
+        own.add(batch)
+        if position == len(self._firsts) and self._first is None:
+            self._firsts.append(own)
+        elif position >= len(self._firsts) or not own.agrees(self._firsts[position]):
+            raise ValueError(
+                "data comes in another order in every pass, but masks are held batch by batch; "
+                "use shuffle=False, or a sampler that draws from torch's generators"
+            )
 
-def checked_passes(data: Any, model: nn.Module | None = None) -> Batches:
-    """Like `as_batches`, for methods that need every pass to see the same examples."""
+
+def checked_passes(data: Any, model: nn.Module | None = None, in_order: bool = False) -> Batches:
+    """Like `as_batches`, for methods that need every pass to see the same examples.
+
+    With `in_order` also in the same batches, one after the other.
+    """
     batches = as_batches(data, model)
     # Tensors in memory cannot change unasked.
-    return batches if isinstance(batches, _Whole | SameEveryPass) else SameEveryPass(batches)
+    if isinstance(batches, _Whole):
+        return batches
+    if isinstance(batches, SameEveryPass):
+        if batches.in_order or not in_order:
+            return batches
+        batches = batches._batches
+    return SameEveryPass(batches, in_order)
 
 
 def is_one_batch(batches: Batches) -> bool:

@@ -4,10 +4,11 @@ Open them to differentiate the network in its gates; put masks in their place to
 draw of dropout does; put nothing there to see the network without dropout.
 """
 
+import hashlib
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -15,15 +16,21 @@ from torch import Tensor, nn
 from droplens.calling import predictions
 from droplens.discovery import Call, guarded, intercept, site_of, switch_on
 from droplens.masks import Law
+from droplens.reads import Followed, Reads
 
 
 @dataclass(frozen=True)
 class Gate:
-    """An open gate: `tensor` is all ones, of `shape`, and the outputs depend on it."""
+    """An open gate: `tensor` is all ones, of the site's shape, and the outputs depend on it.
+
+    Where the site masks a weight (DropConnect), all examples share the gate, and `weight` tells
+    which operations read it.
+    """
 
     name: str
     law: Law
     tensor: Tensor
+    weight: Followed | None = None
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,23 @@ def masks_replaced(model: nn.Module, visit: Callable[[Call, Tensor], Tensor]) ->
         yield
 
 
+@final
+class _Gated(torch.autograd.Function):
+    """x ∘ g at g = 1, without multiplying by ones on the way back when no graph is wanted."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gate: Tensor) -> Tensor:
+        ctx.save_for_backward(x, gate)
+        return x.clone()  # what follows may write into it
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, Tensor]:
+        x, gate = ctx.saved_tensors
+        (cotangent,) = cotangents
+        graph = torch.is_grad_enabled()
+        return cotangent * gate if graph else cotangent, cotangent * x
+
+
 def open_gates(model: nn.Module, inputs: Any, names: Collection[str] | None = None) -> Opened:
     """Run `model` without dropout, with a gate of ones at every site (or those in `names`).
 
@@ -68,6 +92,7 @@ def open_gates(model: nn.Module, inputs: Any, names: Collection[str] | None = No
     """
     gates: list[Gate] = []
     unmeasured: dict[str, str] = {}
+    reads = Reads()
 
     def visit(call: Call, x: Tensor) -> Tensor:
         site = site_of(call, active=call.on)
@@ -76,12 +101,21 @@ def open_gates(model: nn.Module, inputs: Any, names: Collection[str] | None = No
             return x
         if names is not None and call.name not in names:
             return x
+        # A mask for each example, of a weight that they share: one gate will do.
+        copies = x.shape if call.of_weights else None
+        x = x[:1] if call.of_weights else x
         # One number seen through strides of zero: a gate costs no memory of its own.
         gate = torch.ones((), dtype=x.dtype, device=x.device).expand(x.shape).requires_grad_()
-        gates.append(Gate(call.name, site.law, gate))
-        return x * gate
+        gated: Tensor = _Gated.apply(x, gate)  # type: ignore[no-untyped-call]  # torch's own
+        if copies is not None:
+            gated = gated.expand(copies)
+            gates.append(Gate(call.name, site.law, gate, reads.follow(gated)))
+        else:
+            gates.append(Gate(call.name, site.law, gate))
+        return gated
 
-    with torch.enable_grad(), guarded(model), intercept(model, visit):
+    # Weights are followed below the interception, which spells out composites for it.
+    with torch.enable_grad(), guarded(model), reads, intercept(model, visit):
         switch_on(model)
         outputs = predictions(model, inputs)
     return Opened(outputs, tuple(gates), unmeasured)
@@ -98,3 +132,52 @@ def draw_masks(
         return x * call.law.sample(x.shape, generator, device=x.device, dtype=x.dtype)
 
     return visit
+
+
+class HeldMasks:
+    """Masks that come again: the same draw on the same batch has the same masks.
+
+    Args:
+        seed: of all of them.
+        device: where they are drawn; that of the activations.
+    """
+
+    def __init__(self, seed: int, device: torch.device) -> None:
+        self._seed, self._generator = seed, torch.Generator(device=device)
+        self.drew = False
+
+    def hold(self, draw: int, batch: int) -> None:
+        """Take up the masks of draw number `draw` for batch number `batch`; once a forward pass."""
+        key = f"{self._seed}/{draw}/{batch}".encode()
+        digest = hashlib.blake2b(key, digest_size=8).digest()
+        self._generator.manual_seed(int.from_bytes(digest) >> 1)
+
+    def visit(self, call: Call, x: Tensor) -> Tensor:
+        """Multiply by the mask; for `intercept`.
+
+        Raises:
+            ValueError: if the site's law is not known.
+        """
+        if not call.on:
+            return x
+        if call.law is None:
+            raise ValueError(
+                f"its masks cannot be held ({call.reason}); masks='off' measures without them"
+            )
+        self.drew = True
+        return x * call.law.sample(x.shape, self._generator, device=x.device, dtype=x.dtype)
+
+
+@contextmanager
+def masks_held(model: nn.Module, seed: int) -> Iterator[HeldMasks]:
+    """While open, all sites are on with masks that `seed` repeats, norm layers in eval.
+
+    Yields:
+        What chooses the masks of the next forward pass.
+    """
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    held = HeldMasks(seed, device)
+    with guarded(model), intercept(model, held.visit):
+        switch_on(model)
+        held.hold(0, 0)
+        yield held

@@ -89,6 +89,18 @@ def test_inspect_prints_and_writes(invoke):
     assert twin["numbers"]["condensation"]["0.weight"]["neurons"] == 6
 
 
+def test_measures_by_name(invoke):
+    arguments = ["inspect", "nets:dropped", "--data", "nets:data", *QUICK, "--measure", "hessian"]
+    done = invoke(*arguments, "--json")
+    assert done.exit_code == 0, done.output
+    twin = json.loads(done.stdout)
+    assert twin["numbers"]["extras"]["hessian"]["trace"]
+    assert "--measure hessian" in twin["command"]
+    refused = invoke(*arguments, "--measure", "nothing")
+    assert refused.exit_code == 2
+    assert "measures holds 'nothing'" in refused.stderr
+
+
 def test_json_stands_alone_whatever_the_factories_print(invoke):
     done = invoke("inspect", "nets:dropped", "--data", "nets:data", *QUICK, "--json")
     assert done.exit_code == 0, done.output

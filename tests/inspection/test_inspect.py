@@ -211,3 +211,41 @@ def test_outgoing_weights_of_a_grouped_convolution():
         impulse[0, channel, 2] = 1
         energy = conv(impulse).square().sum()
         torch.testing.assert_close(columns[:, channel].square().sum(), energy.detach())
+
+
+def test_measures_on_request_join_the_result_the_page_and_the_twin(tmp_path):
+    found = quick(network(), data(), measures=["hessian"])
+    assert len(found.extras["hessian"].top_eigenvalues) == 5
+    assert "hessian" not in found.not_measured
+    page = found.to_html(tmp_path / "page.html")
+    twin = json.loads((tmp_path / "page.json").read_text("utf-8"))
+    assert twin["numbers"]["extras"]["hessian"]["trace"]["value"] == float(
+        found.extras["hessian"].trace
+    )
+    assert "more closely" in html.unescape(page.read_text("utf-8"))
+    plain = quick(network(), data())
+    assert plain.extras == {}
+    assert plain.not_measured["hessian"].startswith("not asked for; measures=('hessian',) gives")
+
+
+def test_sets_are_compared_on_request_too():
+    sets = {"a": network(), "b": network(seed=1)}
+    found = dl.compare(
+        sets, data(), loss, draws=5, directions=1, measures=("hessian", "hessian"), seed=0
+    )
+    assert all("hessian" in each.extras for (each,) in found.sets.values())
+    assert any("more closely" in part.title for part in found.to_document().sections)
+    assert "hessian" not in found.not_measured
+
+
+@pytest.mark.parametrize(
+    ("measures", "error", "message"),
+    [
+        (("hesian",), ValueError, "measures holds 'hesian', which is none of 'hessian'"),
+        ("hessian", TypeError, "has to be a sequence of names .* but got 'hessian'"),
+        (3, TypeError, "has to be a sequence of names .* but got 'int'"),
+    ],
+)
+def test_unknown_measures_are_refused(measures, error, message):
+    with pytest.raises(error, match=message):
+        quick(network(), data(), measures=measures)

@@ -9,8 +9,8 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from droplens import measure
 from droplens.batches import as_batches
-from droplens.gates import masks_off
-from droplens.measure import _hessian
+from droplens.measure._masks import Masking
+from droplens.measure._operators import LossHessian
 from droplens.measure._risk import Loss
 from tests.reference_measure import dense_hessian, loss_of_parameters
 
@@ -61,8 +61,8 @@ def test_products_equal_the_dense_matrix(name):
     H = dense_hessian_of(model, x, y, CE)
     V = np.random.default_rng(0).standard_normal((len(H), 2))
     for data in ((x, y), [(x[:7], y[:7]), (x[7:], y[7:])]):
-        with masks_off(model):
-            found = _hessian.LossHessian(model, as_batches(data), Loss(CE)).products(V)
+        with Masking("off", 2, 0).applied(model) as applied:
+            found = LossHessian(model, as_batches(data), Loss(CE), applied).products(V)
         np.testing.assert_allclose(found, H.numpy() @ V, rtol=1e-8, atol=1e-12)
 
 
@@ -207,7 +207,12 @@ class Detached(nn.Linear):
 @pytest.mark.parametrize(
     ("model", "data", "options", "message"),
     [
-        (network(), examples(), {"masks": "on"}, "masks has to be 'off', but got 'on'"),
+        (
+            network(),
+            examples(),
+            {"masks": "on"},
+            "masks has to be 'off', 'fixed' or .* but got 'on'",
+        ),
         (network(), examples(), {"top": -1}, "top has to be a whole number of at least 0"),
         (network(), examples(), {"top": 1000}, "top is 1000, but the model has only 67"),
         (network(), examples(), {"probes": 1}, "probes has to be at least 2, but got 1"),

@@ -41,6 +41,15 @@ DrawsOption = Annotated[
         "--draws", metavar="N", min=2, help="Masks to draw, for all sites and for each alone."
     ),
 ]
+MeasureOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--measure",
+        metavar="NAME",
+        help="A measure that takes longer and is made on request; may be repeated. A page lists "
+        'the names that were not asked for under "not measured".',
+    ),
+]
 
 LOSSES = {
     "cross_entropy": "CrossEntropyLoss",

@@ -114,15 +114,17 @@ def _is_forward_error(error: Exception) -> bool:
 
 
 def repeating(command: str, arguments: Sequence[str], **options: object) -> str:
-    """The command line that repeats a result; options that are None are left out.
+    """The command line that repeats a result; options that are None are left out, lists repeated.
 
     >>> repeating("inspect", ["nets.py:make"], loss="mse", held_out=None, seed=3)
     'droplens inspect nets.py:make --loss mse --seed 3'
     """
     words = ["droplens", command, *arguments]
     for name, value in options.items():
-        if value is not None:
-            words += [f"--{name.replace('_', '-')}", str(value)]
+        if value is None:
+            continue
+        for each in value if isinstance(value, list) else [value]:
+            words += [f"--{name.replace('_', '-')}", str(each)]
     return shlex.join(words)
 
 

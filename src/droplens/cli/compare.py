@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from droplens.cli import _load
-from droplens.cli._load import DataOption, DrawsOption, LossOption
+from droplens.cli._load import DataOption, DrawsOption, LossOption, MeasureOption
 from droplens.cli._shell import (
     JsonOption,
     OutputOption,
@@ -29,7 +29,7 @@ EXAMPLE = (
 
 
 @guarded
-def compare(
+def compare(  # noqa: PLR0913  # options of a command line
     networks: Annotated[
         list[str],
         typer.Argument(
@@ -52,6 +52,7 @@ def compare(
     ] = None,
     loss: LossOption = "cross_entropy",
     draws: DrawsOption = 100,
+    measure: MeasureOption = None,
     output: OutputOption = None,
     seed: SeedOption = None,
     json: JsonOption = False,
@@ -73,11 +74,19 @@ def compare(
             criterion,
             held_out=apart,
             draws=draws,
+            measures=measure or (),
             seed=seed,
             on_progress=on_progress,
         )
     command = repeating(
-        "compare", networks, data=data, held_out=held_out, loss=loss, draws=draws, seed=found.seed
+        "compare",
+        networks,
+        data=data,
+        held_out=held_out,
+        loss=loss,
+        draws=draws,
+        measure=measure,
+        seed=found.seed,
     )
     document = found.to_document(f"What sets {' and '.join(sets)} apart")
     deliver(replace(document, command=command), output, json)

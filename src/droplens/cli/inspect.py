@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from droplens.cli import _load
-from droplens.cli._load import DataOption, DrawsOption, LossOption
+from droplens.cli._load import DataOption, DrawsOption, LossOption, MeasureOption
 from droplens.cli._shell import (
     JsonOption,
     OutputOption,
@@ -26,7 +26,7 @@ EXAMPLE = (
 
 
 @guarded
-def inspect(
+def inspect(  # noqa: PLR0913  # options of a command line
     model: Annotated[
         str,
         typer.Argument(
@@ -47,6 +47,7 @@ def inspect(
     ] = None,
     loss: LossOption = "cross_entropy",
     draws: DrawsOption = 100,
+    measure: MeasureOption = None,
     output: OutputOption = None,
     seed: SeedOption = None,
     json: JsonOption = False,
@@ -63,10 +64,23 @@ def inspect(
         from droplens.inspection import inspect as inspect_network
 
         found = inspect_network(
-            network, given, criterion, draws=draws, seed=seed, on_progress=on_progress
+            network,
+            given,
+            criterion,
+            draws=draws,
+            measures=measure or (),
+            seed=seed,
+            on_progress=on_progress,
         )
     command = repeating(
-        "inspect", [model], data=data, weights=weights, loss=loss, draws=draws, seed=found.seed
+        "inspect",
+        [model],
+        data=data,
+        weights=weights,
+        loss=loss,
+        draws=draws,
+        measure=measure,
+        seed=found.seed,
     )
     document = found.to_document(f"What dropout does to {model}")
     deliver(replace(document, command=command), output, json)

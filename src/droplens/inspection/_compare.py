@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from droplens.batches import Batches, as_batches, checked_passes
 from droplens.estimates import Estimate, mean_estimate
 from droplens.inspection._cost import Cost, SiteCost
+from droplens.inspection._extras import checked_names, offers
 from droplens.inspection._flatness import Scaled, outputs_of, scale_to_loss, scaled_loss
 from droplens.inspection._inspect import Inspection, Progress, accuracy_of, inspect
 from droplens.inspection._measures import OFFERED, RADII
@@ -110,7 +111,7 @@ class Comparison:
         return render_fragment(self.to_document())
 
 
-def compare(  # noqa: PLR0913  # the last six are keywords with defaults
+def compare(  # noqa: PLR0913  # the last seven are keywords with defaults
     models: Mapping[str, nn.Module | Sequence[nn.Module]],
     data: Any,
     loss: nn.Module,
@@ -118,6 +119,7 @@ def compare(  # noqa: PLR0913  # the last six are keywords with defaults
     held_out: Any = None,
     draws: int = 100,
     directions: int = 8,
+    measures: Sequence[str] = (),
     generator: torch.Generator | None = None,
     seed: int | None = None,
     on_progress: Progress | None = None,
@@ -135,6 +137,7 @@ def compare(  # noqa: PLR0913  # the last six are keywords with defaults
         held_out: data that was not trained on, to compare the losses there.
         draws: masks to draw for the cost of every network.
         directions: random directions for the flatness; the same for every network.
+        measures: names of measures to make on request, as for `inspect`.
         generator: where randomness comes from; a private one seeded by the system if not given.
         seed: in place of a generator.
         on_progress: called with the share done and what is being done.
@@ -144,9 +147,10 @@ def compare(  # noqa: PLR0913  # the last six are keywords with defaults
 
     Raises:
         TypeError: if something is not of a kind we know.
-        ValueError: if there is nothing to compare, or data or weights are bad.
+        ValueError: if there is nothing to compare, data or weights are bad, or a measure's name is
+            unknown.
     """
-    sets = _checked_sets(models)
+    sets, asked = _checked_sets(models), checked_names(measures)
     tell = on_progress or (lambda share, doing: None)
     batches = checked_passes(data, next(iter(sets.values()))[0])
     _, used_seed = private_generator(generator, seed)
@@ -160,13 +164,21 @@ def compare(  # noqa: PLR0913  # the last six are keywords with defaults
             share = 0.8 * done / count
             tell(share, f"Inspecting {name!r}")
             found.append(
-                inspect(network, batches, loss, draws=draws, directions=directions, seed=used_seed)
+                inspect(
+                    network,
+                    batches,
+                    loss,
+                    draws=draws,
+                    directions=directions,
+                    measures=asked,
+                    seed=used_seed,
+                )
             )
             done += 1
         inspected[name] = tuple(found)
     tell(0.8, "Comparing at equal loss")
     first = next(iter(inspected.values()))[0]
-    not_measured = _not_measured(inspected)
+    not_measured = _not_measured(inspected, OFFERED | offers(asked))
     outputs = {n: [outputs_of(m, batches) for m in networks] for n, networks in sets.items()}
     equal_loss = _at_equal_loss(sets, outputs, batches, loss, directions, used_seed)
     if equal_loss is None:
@@ -226,14 +238,16 @@ def _checked_sets(
     return sets
 
 
-def _not_measured(inspected: Mapping[str, Sequence[Inspection]]) -> dict[str, str]:
+def _not_measured(
+    inspected: Mapping[str, Sequence[Inspection]], offered: dict[str, str]
+) -> dict[str, str]:
     found: dict[str, str] = {}
     for name, inspections in inspected.items():
         for inspection in inspections:
             for what, why in inspection.not_measured.items():
-                if what not in OFFERED:
+                if what not in offered:
                     found.setdefault(f"{what} ({name})", why)
-    return found | OFFERED
+    return found | offered
 
 
 def pooled_cost(costs: Sequence[Cost]) -> Cost:

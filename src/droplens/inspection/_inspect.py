@@ -12,6 +12,8 @@ from droplens.batches import checked_passes, predicts_next_token
 from droplens.discovery import KEPT_IN_EVAL, Site
 from droplens.discovery import sites as find_sites
 from droplens.inspection._cost import Cost, cost_of
+from droplens.inspection._extra import Subject
+from droplens.inspection._extras import checked_names, measured_on_request, offers
 from droplens.inspection._flatness import outputs_of, scaled_loss
 from droplens.inspection._measures import OFFERED, measures_of
 from droplens.inspection._readers import readers
@@ -55,6 +57,7 @@ class Inspection:
         fisher: trace and diagonal of the Fisher information.
         hessian: trace and largest eigenvalues of the loss's Hessian.
         flatness: loss along random filter-normalised directions.
+        extras: the measures asked for by name.
         verdicts: plain sentences with their rules.
         not_measured: what is missing, and why.
         examples: how many examples it was measured on.
@@ -75,6 +78,7 @@ class Inspection:
     fisher: Fisher | None
     hessian: Hessian | None
     flatness: Flatness | None
+    extras: Mapping[str, Any]
     verdicts: tuple[Verdict, ...]
     not_measured: Mapping[str, str]
     examples: int
@@ -115,13 +119,14 @@ class Inspection:
         return render_fragment(self.to_document())
 
 
-def inspect(
+def inspect(  # noqa: PLR0913  # the last six are keywords with defaults
     model: nn.Module,
     data: Any,
     loss: nn.Module,
     *,
     draws: int = 100,
     directions: int = 8,
+    measures: Sequence[str] = (),
     generator: torch.Generator | None = None,
     seed: int | None = None,
     on_progress: Progress | None = None,
@@ -139,6 +144,8 @@ def inspect(
         loss: a loss object, such as `nn.CrossEntropyLoss()`.
         draws: masks to draw for the cost, and for that of each site alone.
         directions: random directions for the flatness.
+        measures: names of measures that take longer and are made on request; a page lists under
+            "not measured" those that were not asked for.
         generator: where randomness comes from; a private one seeded by the system if not given.
         seed: in place of a generator.
         on_progress: called with the share done and what is being done.
@@ -148,8 +155,10 @@ def inspect(
 
     Raises:
         TypeError: if the data, the loss or the model's output is not of a kind we know.
-        ValueError: if data or weights hold NaN or Inf, labels are out of range, or data is empty.
+        ValueError: if data or weights hold NaN or Inf, labels are out of range, data is empty, or a
+            measure's name is unknown.
     """
+    asked = checked_names(measures)
     tell = on_progress or (lambda share, doing: None)
     family = family_of(loss)
     batches = checked_passes(data, model)
@@ -183,9 +192,13 @@ def inspect(
     layers = {name: reader.layer for name, reader in behind.items()}
 
     def tell_rest(share: float, doing: str) -> None:
-        tell(0.6 + 0.35 * share, doing)
+        tell(0.6 + (0.15 if asked else 0.35) * share, doing)
 
     left = measures_of(model, batches, loss, sizes, directions, used_seed, not_measured, tell_rest)
+    if asked:
+        tell(0.75, "Measuring what was asked for")
+    subject = Subject(model, batches, loss, sizes, directions, used_seed)
+    extras = measured_on_request(asked, subject, not_measured)
     unit = "units of the loss" if isinstance(family, Squared) else "nats"
     outputs = outputs_of(model, batches)
     verdicts = cost_verdicts(cost, unit) if cost is not None else []
@@ -203,8 +216,9 @@ def inspect(
         left.fisher,
         left.hessian,
         left.flatness,
+        extras,
         tuple(verdicts),
-        not_measured | OFFERED,
+        not_measured | OFFERED | offers(asked),
         sum(len(f) for f, _ in outputs),
         type(loss).__name__,
         unit,

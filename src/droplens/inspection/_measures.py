@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Final, Literal, TypeVar
+from typing import Final, Literal
 
 import torch
 from torch import nn
 
 from droplens.batches import Batches
-from droplens.calling import ForwardError
+from droplens.inspection._attempt import attempt
 from droplens.inspection._sizes import MOST_COVER, MOST_EXACT, MOST_WEIGHTS, Sizes
 from droplens.layers import weight_matrix, weighted_layers
 from droplens.measure import Condensation, Fisher, Flatness, Hessian, Spectrum, condensation
@@ -17,7 +17,6 @@ from droplens.measure import flatness as measure_flatness
 from droplens.measure import hessian as measure_hessian
 from droplens.measure import spectrum as measure_spectrum
 
-Result = TypeVar("Result")
 Tell = Callable[[float, str], None]
 
 RADII: Final = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
@@ -29,8 +28,6 @@ _SHOWN = 4
 OFFERED: Final = {
     "interpolation": "not asked for; droplens.measure.interpolation(a, b, data, loss) gives the "
     "loss on the line between two networks",
-    "a sharper Hessian": "not asked for; droplens.measure.hessian(model, data, loss, top=5) gives "
-    "the trace to 5% and more eigenvalues",
 }
 """What would take longer than a reader waits, by the name that asks for it."""
 
@@ -62,7 +59,7 @@ def measures_of(
     not_measured |= _other_weights(model)
     tell(0.1, "Measuring the Fisher information")
     method: Literal["exact", "sampled"] = "exact" if sizes.passes <= MOST_EXACT else "sampled"
-    information = _attempt(
+    information = attempt(
         not_measured,
         "Fisher information",
         lambda: measure_fisher(model, batches, loss, method, draws=_LABELS, seed=seed),
@@ -75,7 +72,7 @@ def measures_of(
             "numbers); droplens.measure.hessian(model, data, loss) measures it"
         )
     else:
-        curvature = _attempt(
+        curvature = attempt(
             not_measured,
             "Hessian",
             lambda: measure_hessian(
@@ -83,30 +80,12 @@ def measures_of(
             ),
         )
     tell(0.7, "Walking along random directions")
-    flat = _attempt(
+    flat = attempt(
         not_measured,
         "flatness",
         lambda: measure_flatness(model, batches, loss, directions, RADII, seed=seed),
     )
     return Measures(spectra, covers, information, curvature, flat)
-
-
-def _attempt(
-    not_measured: dict[str, str], what: str, measure: Callable[[], Result]
-) -> Result | None:
-    """Run one measure; what it refuses is named on the page instead of losing the rest.
-
-    Raises:
-        ForwardError: if the model's forward raises, which no measure can mend.
-    """
-    try:
-        return measure()
-    except ForwardError:
-        raise
-    # torch reports a missing second derivative as a RuntimeError.
-    except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
-        not_measured[what] = str(error)
-        return None
 
 
 def _spectra(model: nn.Module) -> dict[str, Spectrum]:

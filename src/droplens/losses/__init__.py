@@ -8,6 +8,7 @@ from droplens.losses._families import (
     Poisson,
     Squared,
     family,
+    random_signs,
 )
 from droplens.losses._given import (
     FamilyLoss,
@@ -28,4 +29,5 @@ __all__ = [
     "family",
     "from_log_partition",
     "from_output_hessian",
+    "random_signs",
 ]

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from droplens.batches import as_batches
-from droplens.gates import masks_off
 from droplens.measure._checks import trainable
+from droplens.measure._masks import Masking, Masks
 from droplens.measure._risk import Loss, losses_at
+from droplens.randomness import private_generator
 
 
 @dataclass(frozen=True)
@@ -19,53 +20,103 @@ class Interpolation:
 
     Args:
         alphas: α, (k,), float64.
-        loss: the loss there, (k,), float64; exact for the given data.
+        loss: the loss there, (k,), float64, its mean over masks; NaN or infinite where it is.
+        standard_error: of `loss` over masks; 0 where they are not averaged over.
         barrier: how far the loss rises above the straight line between its values at the two
-            networks, at most, over the α in [0, 1] that were looked at; 0 if nowhere.
-        masks: "off", dropout was the identity.
+            networks, at most, over the α in [0, 1] that were looked at; 0 if nowhere, NaN if the
+            loss is NaN at one of them.
+        barrier_error: standard error over masks of the rise at its highest point. (The highest of
+            several noisy rises is biased upwards, by less than this where one stands out.)
+        not_finite: at how many α the loss is NaN or infinite.
+        masks: "off", "fixed" or "expected", as for `flatness`.
+        draws: of masks; 0 for "off".
+        seed: repeats the masks; None for "off".
     """
 
     alphas: Tensor
     loss: Tensor
+    standard_error: Tensor
     barrier: float
-    masks: str
+    barrier_error: float
+    not_finite: int
+    masks: Masks
+    draws: int
+    seed: int | None
 
 
-def interpolation(
+def interpolation(  # noqa: PLR0913  # the last three are keywords with defaults
     model_a: nn.Module,
     model_b: nn.Module,
     batches: Any,
     loss: Any,
     points: int | Sequence[float] = 21,
+    masks: Masks = "off",
+    *,
+    draws: int = 16,
+    seed: int | None = None,
+    generator: torch.Generator | None = None,
 ) -> Interpolation:
     """The loss along the straight line from one network to another (theory §4; P2 §2.5).
 
-    Floating point buffers (running statistics of norm layers) are interpolated with the weights.
-    Dropout is the identity and norm layers are in eval. One pass over the data.
+    Floating point buffers (running statistics of norm layers) are interpolated with the weights;
+    norm layers are in eval. One pass over the data.
 
     Args:
-        model_a: the network at α = 0; its forward is used.
+        model_a: the network at α = 0; its forward and its dropout are used.
         model_b: the network at α = 1, of the same architecture.
         batches: what `as_batches` takes, with targets.
         loss: a loss object; units and reduction are its own.
         points: how many α from 0 to 1, or the α themselves (P2 takes −0.5 to 1.5).
+        masks: as for `flatness`; the same draws at every α.
+        draws: of masks, for `"expected"`; at least 2.
+        seed: repeats the masks.
+        generator: where the seed is drawn from instead.
 
     Raises:
         TypeError: if an argument is of the wrong type.
-        ValueError: if the architectures differ, data or weights are bad, or there are too few
-            points.
+        ValueError: if the architectures differ, data or weights are bad, there are too few points,
+            or `masks` or `draws` is out of range.
     """
     alphas = _checked_points(points)
     loss_of, data = Loss(loss), as_batches(batches, model_a)
+    _, used_seed = private_generator(generator, seed)
+    masking = Masking(masks, draws, used_seed)
     start, end = _states(model_a, model_b)
     states = [_Mixed(start, end, float(alpha)) for alpha in (0.0, 1.0, *alphas)]
-    with masks_off(model_a):
-        found = losses_at(model_a, list(states), data, loss_of)
-    first, last, values = found[0], found[1], found[2:]
+    found = losses_at(model_a, states, data, loss_of, masking)  # (masks, 2 + points)
+    first, last, values = found[:, :1], found[:, 1:2], found[:, 2:]
     between = (alphas >= 0) & (alphas <= 1)
-    rise = (values - (1 - alphas) * first - alphas * last)[between]
-    barrier = max(0.0, float(rise.max())) if len(rise) else 0.0
-    return Interpolation(alphas, values, barrier, "off")
+    rise = (values - (1 - alphas) * first - alphas * last)[:, between]
+    barrier, barrier_error = _barrier(rise)
+    mean = values.mean(0)
+    return Interpolation(
+        alphas,
+        mean,
+        _error(values),
+        barrier,
+        barrier_error,
+        int((~mean.isfinite()).sum()),
+        masks,
+        0 if masks == "off" else len(found),
+        masking.seed_used,
+    )
+
+
+def _error(values: Tensor) -> Tensor:
+    """Standard error over the rows; 0 for a single one, which is held fixed."""
+    n = len(values)
+    return values.std(0) / n**0.5 if n > 1 else torch.zeros_like(values[0])
+
+
+def _barrier(rise: Tensor) -> tuple[float, float]:
+    """The highest mean rise (masks, points) and its error; none below zero."""
+    if rise.shape[1] == 0:
+        return 0.0, 0.0
+    mean = rise.mean(0)
+    if bool(mean.isnan().any()):
+        return float("nan"), float("nan")
+    top = int(mean.argmax())
+    return max(0.0, float(mean[top])), float(_error(rise)[top])
 
 
 class _Mixed(Mapping[str, Tensor]):

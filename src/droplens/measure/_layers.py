@@ -26,6 +26,7 @@ LAYERS = (
     nn.ConvTranspose2d,
     nn.ConvTranspose3d,
     nn.LayerNorm,
+    nn.RMSNorm,
     nn.GroupNorm,
     nn.BatchNorm1d,
     nn.BatchNorm2d,
@@ -34,6 +35,9 @@ LAYERS = (
     nn.PReLU,
 )
 """Layers whose gradients per example are formed here; subclasses may compute something else."""
+
+# Layers that treat every position of their input alike: examples may lie on any axis but the last.
+_BY_POSITION = (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Embedding)
 
 # How many numbers the gradients of a chunk of examples may hold.
 _CHUNK_NUMBERS = 2**22
@@ -203,7 +207,7 @@ def _settled(uses: list[Use], sent: Mapping[Any, Tensor | None], n: int, expecte
 
 
 def _axes(use: Use, n: int) -> list[int]:
-    lengths = list(use.shape[:-1]) if isinstance(use.module, nn.Linear) else [use.shape[0]]
+    lengths = list(use.shape[:-1]) if isinstance(use.module, _BY_POSITION) else [use.shape[0]]
     axes = [axis for axis, length in enumerate(lengths) if length == n]
     if use.shape[0] != n and use.shape[0] % n == 0:
         axes.append(0)

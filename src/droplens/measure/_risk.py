@@ -1,7 +1,7 @@
 """The loss over a whole data set, in the loss object's own units, from its batches."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch.func import functional_call
 from droplens.batches import Batch, Batches, n_examples
 from droplens.calling import check_outputs, predictions
 from droplens.losses import Family, family
+from droplens.measure._masks import Masking
 
 
 class Loss:
@@ -110,24 +111,35 @@ class Caller(nn.Module):
 
 
 def losses_at(
-    model: nn.Module, states: list[Mapping[str, Tensor]], batches: Batches, loss: Loss
+    model: nn.Module,
+    states: Sequence[Mapping[str, Tensor]],
+    batches: Batches,
+    loss: Loss,
+    masking: Masking,
 ) -> Tensor:
-    """The loss on all data at each of `states`, float64; one pass over the data.
+    """The loss on all data at each of `states`, float64 (draws, states); one pass over the data.
+
+    A row is a draw of masks, the same at every state. Where the loss at a state is NaN or
+    infinite, so is the entry.
 
     Raises:
-        ValueError: if data, targets or the model's predictions are bad.
+        ValueError: if data or targets are bad, or the model's own predictions are not finite.
     """
     caller = Caller(model)
-    values = torch.zeros(len(states), dtype=torch.float64)
+    values = torch.zeros(masking.rows, len(states), dtype=torch.float64)
     masses = 0.0
-    with torch.no_grad():
-        for batch, targets in labelled(batches):
+    with torch.no_grad(), masking.applied(model) as masks:
+        for index, (batch, targets) in enumerate(labelled(batches)):
+            masks.hold(0, index)
             outputs = predictions(model, batch.inputs)
             check_outputs(model, outputs)
             loss.check(outputs, targets)
+            masks.settle()
             mass = loss.mass(batch, outputs)
             masses += mass
             for k, state in enumerate(states):
-                value = loss.value(caller.at(state, batch.inputs), targets)
-                values[k] += mass * float(value)
-    return values / loss.whole(masses)
+                for draw in range(masks.count):
+                    masks.hold(draw, index)
+                    value = loss.value(caller.at(state, batch.inputs), targets)
+                    values[draw, k] += mass * float(value)
+    return values[: masks.count] / loss.whole(masses)

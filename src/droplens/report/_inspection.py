@@ -1,17 +1,16 @@
 """An inspection or a comparison told as a report: verdicts, evidence, what was not measured."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import is_dataclass
 from typing import Any
-
-from torch import Tensor
 
 from droplens.estimates import Estimate, mean_estimate
 from droplens.inspection import Comparison, Cost, HeldOut, Inspection, SiteCost
 from droplens.inspection._cost import PROBES
 from droplens.measure import Equalization, Flatness
 from droplens.report._document import Column, Document, Figure, NotMeasured, Section, Table
+from droplens.report._extras import extra_sections
 from droplens.report._figures import Curve, bars, dots, lines, spectra, split
+from droplens.report._twin import inspection_numbers, numbers_of
 from droplens.report._weights import over, weights_sections
 
 _COST_TEXT = (
@@ -52,6 +51,7 @@ def inspection_document(inspection: Inspection, title: str) -> Document:
         figure = _flatness_figure(curves, "Loss along random directions", unit)
         sections.append(Section("How flat is the minimum?", _FLAT_TEXT, [figure]))
     sections += weights_sections({"this network": [inspection]}, unit)
+    sections += extra_sections({"this network": [inspection]}, unit)
     accuracy = inspection.accuracy
     right = "" if accuracy is None else f", {100 * accuracy:.1f}% right"
     return Document(
@@ -80,6 +80,7 @@ def comparison_document(comparison: Comparison, title: str) -> Document:
         sections.append(_equalisation_section(sets))
     sections.append(_flatness_section(comparison))
     sections += weights_sections(sets, unit)
+    sections += extra_sections(sets, unit)
     sections.append(_sites_section(first))
     networks = ", ".join(f"{len(found)} {name!r}" for name, found in sets.items())
     return Document(
@@ -93,81 +94,11 @@ def comparison_document(comparison: Comparison, title: str) -> Document:
         kind="comparison",
         numbers={
             "sets": {n: [inspection_numbers(i) for i in found] for n, found in sets.items()},
-            "costs": {n: _numbers(cost) for n, cost in comparison.costs.items()},
-            "equal_loss": _numbers(comparison.equal_loss),
-            "held_out": _numbers(comparison.held_out),
+            "costs": {n: numbers_of(cost) for n, cost in comparison.costs.items()},
+            "equal_loss": numbers_of(comparison.equal_loss),
+            "held_out": numbers_of(comparison.held_out),
         },
     )
-
-
-def inspection_numbers(inspection: Inspection) -> dict[str, Any]:
-    """Every number of an inspection, without tensors of the size of a layer."""
-    return {
-        "examples": inspection.examples,
-        "loss": inspection.loss,
-        "unit": inspection.unit,
-        "base": inspection.base,
-        "accuracy": inspection.accuracy,
-        "seed": inspection.seed,
-        "sites": [
-            {**_numbers(site), "law": None if site.law is None else str(site.law)}
-            for site in inspection.sites
-        ],
-        "cost": _numbers(inspection.cost),
-        "equalization": {
-            name: {
-                "layer": inspection.layers[name],
-                "units": len(equal.scores),
-                "variation": equal.variation,
-                "participation": equal.participation,
-            }
-            for name, equal in inspection.equalization.items()
-        },
-        "spectra": {
-            name: {
-                "nuclear": found.nuclear,
-                "stable_rank": found.stable_rank,
-                "effective_rank": found.effective_rank,
-            }
-            for name, found in inspection.spectra.items()
-        },
-        "condensation": {
-            name: {
-                "neurons": len(found.labels),
-                "omitted": found.omitted,
-                "orientations": found.orientations,
-                "effective_ratio": found.effective_ratio,
-                "weighted_orientations": found.weighted_orientations,
-            }
-            for name, found in inspection.condensation.items()
-        },
-        "fisher": None
-        if inspection.fisher is None
-        else {"trace": inspection.fisher.trace, "method": inspection.fisher.method},
-        "hessian": None
-        if inspection.hessian is None
-        else {
-            "trace": inspection.hessian.trace,
-            "top_eigenvalues": inspection.hessian.top_eigenvalues.tolist(),
-            "residuals": inspection.hessian.residuals.tolist(),
-        },
-        "flatness": _numbers(inspection.flatness),
-    }
-
-
-def _numbers(value: Any) -> Any:
-    """Dataclasses as mappings; tensors as lists, since only aggregates get here."""
-    if isinstance(value, Estimate):
-        return value
-    if isinstance(value, Tensor):
-        return value.tolist()
-    if is_dataclass(value) and not isinstance(value, type):
-        return {name: _numbers(getattr(value, name)) for name in value.__dataclass_fields__}
-    if isinstance(value, Mapping):
-        return {key: _numbers(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_numbers(item) for item in value]
-    return value
 
 
 def _unmeasured(reasons: Mapping[str, str]) -> list[NotMeasured]:

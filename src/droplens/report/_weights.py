@@ -5,6 +5,7 @@ from typing import Any
 
 from droplens.estimates import Estimate, mean_estimate
 from droplens.inspection import Inspection
+from droplens.measure import Hessian
 from droplens.report._document import Column, Section, Table
 from droplens.report._figures import spectra
 
@@ -74,7 +75,8 @@ def weights_sections(sets: Mapping[str, Sequence[Inspection]], unit: str) -> lis
     if all(i.fisher is not None for i in each):
         sections.append(_fisher_section(sets, unit))
     if all(i.hessian is not None for i in each):
-        sections.append(_hessian_section(sets, unit))
+        curved = {n: [i.hessian for i in found if i.hessian] for n, found in sets.items()}
+        sections.append(hessian_section(curved, unit, "How curved is the loss?"))
     return sections
 
 
@@ -119,10 +121,10 @@ def _fisher_section(sets: Mapping[str, Sequence[Inspection]], unit: str) -> Sect
     return Section("How sharp are the predictions in the weights?", "", [table])
 
 
-def _hessian_section(sets: Mapping[str, Sequence[Inspection]], unit: str) -> Section:
+def hessian_section(sets: Mapping[str, Sequence[Hessian]], unit: str, title: str) -> Section:
+    """Trace and top eigenvalues of the loss's Hessian, by set."""
     rows = []
-    for name, inspected in sets.items():
-        curved = [i.hessian for i in inspected if i.hessian is not None]
+    for name, curved in sets.items():
         tops = zip(*(h.top_eigenvalues.tolist() for h in curved), strict=True)
         rows.append((name, _pooled([h.trace for h in curved]), *map(over, tops)))
     ranks = range(1, len(rows[0]) - 1)
@@ -134,7 +136,7 @@ def _hessian_section(sets: Mapping[str, Sequence[Inspection]], unit: str) -> Sec
         "The trace of one network is an estimate over random probes; means over the networks of "
         "a set come with standard errors over them.",
     )
-    return Section("How curved is the loss?", _HESSIAN_TEXT, [table])
+    return Section(title, _HESSIAN_TEXT, [table])
 
 
 def _pooled(values: Sequence[Estimate]) -> Estimate:

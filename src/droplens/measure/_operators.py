@@ -1,0 +1,221 @@
+"""Symmetric matrices of the size of the weights, as products alone: Hessian and Gauss–Newton."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from droplens.batches import Batch, Batches, is_one_batch
+from droplens.calling import check_outputs, predictions
+from droplens.losses import Family
+from droplens.measure._checks import trainable
+from droplens.measure._directions import Direction
+from droplens.measure._masks import Applied
+from droplens.measure._risk import Loss, labelled
+from droplens.products import GaussNewtonGraph, differentiable_gradient, hessian_product
+
+# Of float64, or of float32 where the weights are and memory counts.
+Vector = NDArray[Any]
+Product = Callable[[Sequence[Tensor]], Sequence[Tensor]]
+
+
+class FlatError(Exception):
+    """The matrix is zero, and Lanczos has nothing to work on."""
+
+
+class WeightMatrix(ABC):
+    """A symmetric matrix over the trainable weights, the mean over draws of masks of one a draw.
+
+    It works on flat vectors. Gradients have to be on and the masks in force (`masks`).
+
+    Args:
+        model: whose trainable weights they are.
+        batches: read once for every call of `products`; a single batch's graph is kept instead,
+            where there is one draw.
+        loss: says how batches add up.
+        masks: the draws.
+    """
+
+    def __init__(self, model: nn.Module, batches: Batches, loss: Loss, masks: Applied) -> None:
+        self.model, self.batches, self.loss, self.masks = model, batches, loss, masks
+        parameters = trainable(model)
+        self._names, self.parameters = list(parameters), list(parameters.values())
+        self.size = sum(p.numel() for p in self.parameters)
+        single = all(p.dtype == torch.float32 for p in self.parameters)
+        self.dtype = np.float32 if single else np.float64
+        self.divisor = 1.0  # what the loss divides by over all data, known after a product
+        self._curved = False
+        self._held: tuple[float, Product] | None = None
+        # Whether anything is dropped shows in the first graph, which may be all there is.
+        first = next(self._graphs(range(1)))
+        masks.settle()
+        if masks.count == 1 and is_one_batch(batches):
+            self._held = first[1:]
+
+    @abstractmethod
+    def graph(self, batch: Batch, outputs: Tensor) -> tuple[float, Product]:
+        """How much a batch counts, and the product with its own matrix.
+
+        Raises:
+            ValueError: if the loss does not depend on the weights, or targets are bad.
+        """
+
+    @abstractmethod
+    def pairs(self) -> Iterator[Batch]:
+        """The batches, checked for what `graph` needs."""
+
+    def products(self, V: Vector, block: int = 0) -> Vector:
+        """M V for the columns of V (d, k): one pass over the data for all of them.
+
+        Another `block` has other draws of masks, where these are averaged over.
+        """
+        count = self.masks.count
+        first = block * count if count > 1 else 0
+        return self._sum(V, range(first, first + count)) / count
+
+    def products_of_draw(self, draw: int, V: Vector) -> Vector:
+        """The same for the matrix of one draw of masks."""
+        return self._sum(V, range(draw, draw + 1))
+
+    def product(self, vector: Vector, block: int = 0) -> Vector:
+        """M v for one vector (d,).
+
+        Raises:
+            FlatError: if the first product is zero, and with it (the vector is random) M.
+        """
+        found = self.products(np.reshape(vector, (-1, 1)), block)[:, 0]
+        self._curved = self._curved or bool(found.any())
+        if not self._curved:
+            raise FlatError
+        return found
+
+    def named(self, vector: Vector) -> Direction:
+        """A flat vector as tensors by parameter name."""
+        return dict(zip(self._names, self._split(vector), strict=True))
+
+    def weights(self) -> Vector:
+        """The weights themselves, flat."""
+        return _flat(self.parameters, np.dtype(np.float64))
+
+    def _sum(self, V: Vector, draws: range) -> Vector:
+        vectors = [self._split(column) for column in V.T]
+        result = np.zeros_like(V)
+        masses = 0.0
+        kept = [(0, *self._held)] if self._held else None
+        for draw, mass, product in kept or self._graphs(draws):
+            if draw == draws[0] or kept:
+                masses += mass
+            for k, vector in enumerate(vectors):
+                result[:, k] += mass * _flat(product(vector), V.dtype)
+            del product  # or its graph would live on while the next one is built
+        self.divisor = self.loss.whole(masses)
+        return result / self.divisor
+
+    def _graphs(self, draws: range) -> Iterator[tuple[int, float, Product]]:
+        """One batch after the other, and for each one draw after the other.
+
+        Yields:
+            The draw, the mass, and the product.
+        """
+        for index, batch in enumerate(self.pairs()):
+            for draw in draws:
+                self.masks.hold(draw, index)
+                outputs = predictions(self.model, batch.inputs)
+                check_outputs(self.model, outputs)
+                mass, product = self.graph(batch, outputs)
+                del outputs
+                yield draw, mass, product
+                del product
+
+    def _split(self, vector: Vector) -> list[Tensor]:
+        flat = torch.from_numpy(np.ascontiguousarray(vector))
+        parts = flat.split([p.numel() for p in self.parameters])
+        return [
+            part.view(p.shape).to(dtype=p.dtype, device=p.device)
+            for part, p in zip(parts, self.parameters, strict=True)
+        ]
+
+
+def _flat(tensors: Sequence[Tensor], dtype: np.dtype[Any]) -> Vector:
+    joined = torch.cat([tensor.detach().flatten() for tensor in tensors])
+    array: Vector = joined.cpu().numpy()
+    return array.astype(dtype, copy=False)
+
+
+@final
+class LossHessian(WeightMatrix):
+    """The Hessian of the loss over all batches."""
+
+    def pairs(self) -> Iterator[Batch]:
+        """Batches with targets.
+
+        Yields:
+            Each of them.
+        """
+        for batch, _ in labelled(self.batches):
+            yield batch
+
+    def graph(self, batch: Batch, outputs: Tensor) -> tuple[float, Product]:
+        """From the gradient's own graph.
+
+        Raises:
+            ValueError: if the loss does not depend on the weights, or targets are bad.
+        """
+        targets: Any = batch.targets
+        self.loss.check(outputs, targets)
+        value = self.loss.value(outputs, targets)
+        if not value.requires_grad:
+            raise ValueError(
+                "the loss does not depend on the model's trainable parameters; look for "
+                "detach() or no_grad() in its forward"
+            )
+        gradient = differentiable_gradient(value, self.parameters)
+
+        def product(vector: Sequence[Tensor]) -> Sequence[Tensor]:
+            return hessian_product(gradient, self.parameters, vector)
+
+        return self.loss.mass(batch, outputs), product
+
+
+@final
+class GaussNewton(WeightMatrix):
+    """F = Σ w JᵀHJ over the loss's terms: the Fisher information of the weights."""
+
+    def __init__(
+        self, model: nn.Module, batches: Batches, loss: Loss, masks: Applied, family: Family
+    ) -> None:
+        self._family = family
+        super().__init__(model, batches, loss, masks)
+
+    def pairs(self) -> Iterator[Batch]:
+        """Every batch; targets are needed only where they weigh terms."""
+        return iter(self.batches)
+
+    def graph(self, batch: Batch, outputs: Tensor) -> tuple[float, Product]:
+        """From the graph of a backward pass.
+
+        Raises:
+            ValueError: if the predictions do not depend on the weights, or targets are bad.
+        """
+        if not outputs.requires_grad:
+            raise ValueError(
+                "the model's predictions do not depend on its trainable parameters; look for "
+                "detach() or no_grad() in its forward"
+            )
+        f = self._family.natural(outputs)
+        if batch.targets is not None:
+            self._family.check_targets(outputs, batch.targets)
+        # w·RRᵀ: its root is what both sides of the product are multiplied by.
+        weights = self._family.weights(outputs.detach(), batch.targets)
+        root = self._family.root(f.detach()) * weights.sqrt()[..., None, None]
+        graph = GaussNewtonGraph(f, self.parameters)
+
+        def product(vector: Sequence[Tensor]) -> Sequence[Tensor]:
+            pushed = graph.push(vector).unsqueeze(-1)
+            return graph.pull((root @ (root.mT @ pushed)).squeeze(-1))
+
+        return self.loss.mass(batch, outputs), product

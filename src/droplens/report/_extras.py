@@ -1,0 +1,24 @@
+"""Sections for the measures that were made on request."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
+
+from droplens.inspection import Inspection
+from droplens.report._document import Section
+from droplens.report._geometry import GEOMETRY
+from droplens.report._landscape import LANDSCAPE
+
+# Results by set (those of its networks, in order) and the loss's unit; told as a section.
+Tell = Callable[[Mapping[str, Sequence[Any]], str], Section]
+
+SECTIONS: Final[Mapping[str, Tell]] = {**LANDSCAPE, **GEOMETRY}
+
+
+def extra_sections(sets: Mapping[str, Sequence[Inspection]], unit: str) -> list[Section]:
+    """A section for every measure on request that all networks have."""
+    each = [inspection for found in sets.values() for inspection in found]
+    return [
+        tell({set_: [i.extras[name] for i in found] for set_, found in sets.items()}, unit)
+        for name, tell in SECTIONS.items()
+        if all(name in inspection.extras for inspection in each)
+    ]
