@@ -234,7 +234,7 @@ CLAIMS = (
                 *_settings([("ResNet", 4)], 60, 400, **_GRADED, **_QUICK, width=6),
             ],
             "laptop": [
-                *_settings(_ALL, 300, 900, **_GRADED),
+                *_settings(_ALL, 300, 1400, **_GRADED),
                 *_settings([("MLP", 4), ("VGG", 1)], 300, 900, **_ONE_HOT),
             ],
             "paper": [
