@@ -18,7 +18,6 @@ from droplens.penalties._result import Penalty, WhenAsked, pooled_penalty, toget
 from droplens.products import pull_back
 from droplens.randomness import private_generator
 
-
 Method = Literal["gaussian", "second_order", "sampled", "masks"]
 
 # Probes or masks drawn if it is not said how many.
