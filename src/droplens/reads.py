@@ -37,6 +37,15 @@ class Read(ABC):
     entries: Callable[[], Tensor]
     tap: Tensor
     factor: Tensor
+    _version: int = field(init=False, default=0)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_version", self.factor._version)
+
+    @property
+    def overwritten(self) -> bool:
+        """Whether the factor has been written into since it was read."""
+        return self._version != self.factor._version
 
     @abstractmethod
     def outer(self, delta: Tensor, factor: Tensor) -> Tensor:

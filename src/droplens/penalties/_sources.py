@@ -97,6 +97,11 @@ def source_of(gate: Gate, found: Sequence[Layout | None], n: int, keep: bool) ->
             f"site {gate.name!r} masks a weight that {gate.weight.unknown!r} reads, in which the "
             "examples cannot be told apart; droplens.decompose draws its masks all the same"
         )
+    if gate.weight is not None and any(read.overwritten for read in gate.weight.reads):
+        raise ValueError(
+            f"site {gate.name!r} masks a weight, and the model writes into what that weight was "
+            "multiplied with; replace the in-place operation by one that makes a new tensor"
+        )
     known = []
     for layout, tensor in zip(found, tensors_of(gate), strict=True):
         if layout is None:
