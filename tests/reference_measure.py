@@ -87,3 +87,32 @@ def greedy_cover(weights, amplitudes, tolerance, signed):
 
 def entropy_number(shares):
     return math.exp(-sum(s * math.log(s) for s in shares if s > 0))
+
+
+def dense_curvature(point, metric, theta, v):
+    """κ and the parameter effects of z(θ) along v from the whole J and all second derivatives."""
+    J = torch.func.jacfwd(point)(theta)
+    second = torch.func.jacfwd(torch.func.jacfwd(point))(theta)  # (m, d, d)
+    d, a = J @ v, torch.einsum("mij,i,j->m", second, v, v)
+    # A square root of the metric turns its lengths into plain ones.
+    values, vectors = torch.linalg.eigh(metric)
+    root = vectors * values.clamp_min(0).sqrt()
+    span, sizes, _ = torch.linalg.svd(root.mT @ J, full_matrices=False)
+    span = span[:, sizes > 1e-11 * sizes[0]]
+    inside = span @ (span.mT @ (root.mT @ a))
+    speed = float((root.mT @ d).norm()) ** 2
+    return float((root.mT @ a - inside).norm()) / speed, float(inside.norm()) / speed
+
+
+def mean_metric(f, connection, loss):
+    """Block diagonal over inputs, H or its pseudo-inverse, divided by n; loss "ce" or "mse"."""
+    n, C = f.shape
+    blocks = []
+    for row in f:
+        if loss == "ce":
+            pi = torch.softmax(row, 0)
+            H = torch.diag(pi) - torch.outer(pi, pi)
+            blocks.append(H if connection == "e" else torch.linalg.pinv(H, hermitian=True))
+        else:
+            blocks.append(2 / C * torch.eye(C, dtype=f.dtype))
+    return torch.block_diag(*blocks) / n

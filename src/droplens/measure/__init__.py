@@ -4,6 +4,7 @@ Every sampled number is an Estimate; exact numbers are plain.
 """
 
 from droplens.measure._condensation import Condensation, condensation
+from droplens.measure._curvature import Curvature, curvature
 from droplens.measure._density import SpectralDensity, spectral_density
 from droplens.measure._directions import between
 from droplens.measure._equalization import Equalization, equalization
@@ -12,6 +13,7 @@ from droplens.measure._fisher_spectrum import FisherSpectrum, fisher_spectrum
 from droplens.measure._flatness import Flatness, flatness
 from droplens.measure._hessian import Hessian, hessian
 from droplens.measure._interpolation import Interpolation, interpolation
+from droplens.measure._manifold import ManifoldCurvature, manifold_curvature
 from droplens.measure._plane import Plane, plane
 from droplens.measure._sharpness import Sharpness, sharpness
 from droplens.measure._spectrum import Spectrum, spectrum
@@ -19,12 +21,14 @@ from droplens.measure._trajectory import VarianceFlatness, variance_flatness
 
 __all__ = [
     "Condensation",
+    "Curvature",
     "Equalization",
     "Fisher",
     "FisherSpectrum",
     "Flatness",
     "Hessian",
     "Interpolation",
+    "ManifoldCurvature",
     "Plane",
     "Sharpness",
     "SpectralDensity",
@@ -32,12 +36,14 @@ __all__ = [
     "VarianceFlatness",
     "between",
     "condensation",
+    "curvature",
     "equalization",
     "fisher",
     "fisher_spectrum",
     "flatness",
     "hessian",
     "interpolation",
+    "manifold_curvature",
     "plane",
     "sharpness",
     "spectral_density",
