@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from droplens import masks as masks
     from droplens import measure as measure
     from droplens import nn as nn
+    from droplens import recording as recording
     from droplens import training as training
     from droplens.discovery import Site as Site
     from droplens.discovery import register_site as register_site
@@ -33,10 +34,21 @@ if TYPE_CHECKING:
     from droplens.penalties import penalty as penalty
     from droplens.penalties import penalty_curve as penalty_curve
     from droplens.prediction import predict as predict
+    from droplens.recording import Recorder as Recorder
 
 __version__ = "0.1.0"
 
-_ROOMS = ("data", "dynamics", "linear", "losses", "masks", "measure", "nn", "training")
+_ROOMS = (
+    "data",
+    "dynamics",
+    "linear",
+    "losses",
+    "masks",
+    "measure",
+    "nn",
+    "recording",
+    "training",
+)
 
 
 _HOMES = {
@@ -44,6 +56,7 @@ _HOMES = {
     "Site": "discovery",
     "Comparison": "inspection",
     "Inspection": "inspection",
+    "Recorder": "recording",
     "compare": "inspection",
     "inspect": "inspection",
     "decompose": "penalties",

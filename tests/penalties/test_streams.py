@@ -181,3 +181,40 @@ def test_two_processes_hold_the_whole(tmp_path):
         for value, error, b in zip(numbers[::2], numbers[1::2], own, strict=True):
             assert abs(value - b.value) <= 4.5 * math.hypot(error, b.standard_error)
             assert error == pytest.approx(b.standard_error, rel=0.7)
+
+
+def test_parts_of_a_batch_are_the_batch(monkeypatch):
+    """Where Jacobians take much room the examples are opened part after part."""
+    net, given = deep_network(), {"targets": labels}
+    with torch.no_grad():
+        whole = dl.penalty(net, x, weighted, **given)
+        curve = dl.penalty_curve(net, x, weighted, [0.1, 0.5], **given)
+        monkeypatch.setattr("droplens.penalties._noise._HELD_NUMBERS", 40)
+        parts = dl.penalty(net, x, weighted, **given)
+        in_parts = dl.penalty_curve(net, x, weighted, [0.1, 0.5], **given)
+    torch.testing.assert_close(parts.total, whole.total)
+    torch.testing.assert_close(parts.per_example, whole.per_example)
+    torch.testing.assert_close(dict(parts.by_site), dict(whole.by_site))
+    assert parts.divisor == whole.divisor
+    torch.testing.assert_close(in_parts.total, curve.total)
+    torch.testing.assert_close(in_parts.second_order, curve.second_order)
+    assert in_parts.divisor == curve.divisor
+    kept = dl.penalty(net, x, weighted, **given)
+    torch.testing.assert_close(kept.total.detach(), whole.total)
+
+
+def test_examples_that_lie_along_another_axis_are_not_parted(monkeypatch):
+    class First(nn.Module):  # as many positions as examples, and positions come first
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.drop, self.head = nn.Dropout(0.3), nn.Linear(2, 3)
+
+        def forward(self, h):
+            return self.head(torch.tanh(self.drop(h)).cumsum(0)[-1])
+
+    net, data = First().double(), torch.randn(4, 4, 2, dtype=torch.float64)
+    with torch.no_grad():
+        whole = dl.penalty(net, data, cross_entropy)
+        monkeypatch.setattr("droplens.penalties._noise._HELD_NUMBERS", 20)
+        torch.testing.assert_close(dl.penalty(net, data, cross_entropy).total, whole.total)

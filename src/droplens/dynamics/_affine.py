@@ -26,7 +26,7 @@ def is_affine(model: nn.Module, inputs: Any, generator: torch.Generator) -> bool
     gates: list[dict[str, Tensor]] = []
 
     def draw(call: Call, x: Tensor) -> Tensor:
-        options = {"generator": generator, "dtype": x.dtype, "device": x.device}
+        options: Any = {"generator": generator, "dtype": x.dtype, "device": x.device}
         if isinstance(call.law, Gaussian | Custom):
             gate = 1 + 2 * torch.randn(x.shape, **options)
         else:

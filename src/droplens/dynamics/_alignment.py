@@ -12,7 +12,8 @@ from droplens.batches import checked_passes
 from droplens.dynamics._masked import MaskedLoss, check_draws, difference, fresh_masks
 from droplens.estimates import Estimate
 from droplens.gates import masks_off
-from droplens.measure._hessian import LossHessian, Vector
+from droplens.measure._masks import Applied
+from droplens.measure._operators import LossHessian, Vector
 from droplens.measure._risk import Loss
 from droplens.randomness import private_generator
 
@@ -101,7 +102,8 @@ def noise_alignment(
     source, used_seed = private_generator(generator, seed, masked.device)
     with torch.enable_grad():
         with masks_off(model):
-            H = LossHessian(model, checked_passes((inputs, targets), model), Loss(loss))
+            data = checked_passes((inputs, targets), model)
+            H = LossHessian(model, data, Loss(loss), Applied(1, None))
         noise = _noise(masked, H, draws // 2, source)
         with masks_off(model):
             curvature = _curvature(H, probes, source)

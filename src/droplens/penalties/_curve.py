@@ -11,7 +11,7 @@ from droplens.losses import Family
 from droplens.losses import family as family_of
 from droplens.masks import Law, relative_variance
 from droplens.masks._law import check_rate
-from droplens.penalties._noise import Network, Term, open_network, terms
+from droplens.penalties._noise import Network, Term, opened_in_parts, terms
 from droplens.penalties._penalty import gaussian_spread, notes_on
 from droplens.penalties._pooling import Group, by_name, merged, shares, streamed, weighted
 from droplens.penalties._sources import Scores, Source
@@ -132,21 +132,29 @@ def _curve_of(
     sites: Sequence[str] | None,
 ) -> PenaltyCurve:
     """The curve of one batch."""
+    parts = []
     with torch.enable_grad():
-        network = open_network(model, inputs, family, targets, sites)
-        curve = _Curve(network, rates)
-        for term in terms(network, create_graph=False):
-            curve.add(term)
-    counts = curve.counts
-    return PenaltyCurve(
-        rates,
-        curve.total,
-        curve.by_site,
-        curve.second_order,
-        counts,
-        notes_on(network, counts),
-        {**network.unmeasured, **curve.rateless},
-        network.divisor,
+        for network in opened_in_parts(model, inputs, family, targets, sites, False):
+            curve = _Curve(network, rates)
+            for term in terms(network, create_graph=False):
+                curve.add(term)
+            parts.append(
+                PenaltyCurve(
+                    rates,
+                    curve.total,
+                    curve.by_site,
+                    curve.second_order,
+                    curve.counts,
+                    notes_on(network, curve.counts),
+                    {**network.unmeasured, **curve.rateless},
+                    network.divisor,
+                )
+            )
+    if len(parts) == 1:
+        return parts[0]
+    # Parts of one batch are weighed as the whole weighs them.
+    return replace(
+        _pooled([replace(part, divisor=None) for part in parts]), divisor=parts[0].divisor
     )
 
 

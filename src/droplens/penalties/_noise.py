@@ -1,18 +1,23 @@
 """The network opened at its gates, and the output noise that masks there would make."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from droplens._memory import keep_freed_memory
-from droplens.calling import check_inputs, check_outputs
+from droplens.batches import n_examples, rows_of
+from droplens.calling import ForwardError, check_inputs, check_outputs
 from droplens.gates import Gate, Opened, open_gates
 from droplens.losses import Family
 from droplens.penalties._layout import layouts
 from droplens.penalties._sources import Source, source_of, tensors_of
 from droplens.products import term_jacobian
+
+# Numbers of Jacobians held at once where no graph is kept: a few of a training step's activations.
+_HELD_NUMBERS = 1 << 22
 
 T = TypeVar("T")
 
@@ -90,6 +95,72 @@ def open_network(
         raise ValueError(next(iter(mixing.values())))
     divisor = family.divisor(opened.outputs.detach(), targets)
     return Network(family, f, weights, sources, {**opened.unmeasured, **mixing}, divisor)
+
+
+def opened_in_parts(
+    model: nn.Module,
+    inputs: Any,
+    family: Family,
+    targets: Tensor | None,
+    names: Sequence[str] | None,
+    keep: bool,
+    rows_held: int | None = None,
+) -> Iterator[Network]:
+    """The network opened on all examples, or part after part where its Jacobians take much room.
+
+    Examples do not mix, so parts add up; whether they do not is seen from the outputs, which have
+    to be those of the whole. A graph that will be differentiated again is kept whole.
+
+    Args:
+        model: any torch module.
+        inputs: as the model takes them.
+        family: of the loss.
+        targets: only where they weigh examples.
+        names: of the sites to open.
+        keep: whether what comes out will be differentiated again.
+        rows_held: scores of a site at one time; those of all contrasts if not given.
+
+    Yields:
+        One network, or several that share the weights and the divisor of the whole.
+
+    Raises:
+        ValueError: if outputs of examples depend on the examples beside them.
+    """
+    whole = open_network(model, inputs, family, targets, names, keep)
+    held = rows_held or len(family.contrasts(whole.f[:1]))
+    numbers, n = held * sum(t.numel() for t in whole.tensors), len(whole.f)
+    if keep or numbers <= _HELD_NUMBERS or n_examples(inputs) != n:
+        yield whole
+        return
+    f, weights, divisor = whole.f.detach(), whole.weights.detach(), whole.divisor
+    del whole  # its graph, before those of the parts
+    size = max(1, n * _HELD_NUMBERS // numbers)
+    for start in range(0, n, size):
+        rows = slice(start, start + size)
+        own = None if targets is None else targets[rows]
+        try:
+            part = open_network(model, rows_of(inputs, rows), family, own, names)
+        except (ForwardError, ValueError):
+            break  # a forward that knows this many examples only
+        if not _same(part.f, f[rows]):
+            break
+        yield replace(part, weights=weights[rows], divisor=divisor)
+    else:
+        return
+    if start:
+        raise ValueError(
+            "the outputs of some examples change with the examples beside them, so their noise "
+            "cannot be told apart; look for an operation across the batch"
+        )
+    yield open_network(model, inputs, family, targets, names)
+
+
+def _same(part: Tensor, whole: Tensor) -> bool:
+    if part.shape != whole.shape:
+        return False
+    scale = float(whole.abs().max()) if whole.numel() else 0.0
+    slack = 1e3 * torch.finfo(whole.dtype).eps * scale
+    return float((part.detach() - whole).abs().max()) <= slack
 
 
 def _check_names(names: Sequence[str] | None, opened: Opened) -> None:

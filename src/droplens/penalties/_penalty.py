@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from droplens.calling import device_of
 from droplens.losses import POINTS, Family
 from droplens.losses import family as family_of
-from droplens.penalties._noise import Network, Term, open_network, terms
+from droplens.penalties._noise import Network, Term, open_network, opened_in_parts, terms
 from droplens.penalties._pooling import Group, by_name, merged, shares, streamed, weighted
 from droplens.products import pull_back
 from droplens.randomness import private_generator
@@ -24,6 +24,8 @@ Method = Literal["gaussian", "second_order", "sampled"]
 
 # Examples × points × classes evaluated at once: what stays in a core's cache.
 _CACHED_NUMBERS = 1 << 19
+# Rows of scores that a second-order value holds.
+_AT_ONCE = 4
 # Fewer equal coins than this do not make Gaussian noise: 10 strong units erred by up to 70%.
 FEW_UNITS = 12.0
 
@@ -197,32 +199,67 @@ class _Asked:
         seed: int | None,
     ) -> Penalty:
         """The penalty of one batch; `keep` its graph."""
-        error, counts = 0.0, dict[str, float]()
-        by_site: Mapping[str, Tensor]
-        family, method = self.family, self.method
+        parts = []
         with torch.enable_grad():
-            network = open_network(self.model, inputs, family, targets, self.sites, keep)
-            if source is not None:
-                by_site, each, error = _sampled(network, self.draws, source, keep)
-            elif method == "second_order" or family.quadratic:
-                by_site, each = _second_order(network, keep)
-            else:
-                by_site, each, counts = _gaussian(network, keep)
-        if not keep:
-            each = each.detach()
-        return Penalty(
-            each.sum(),
-            by_site,
-            each,
-            method,
-            _EXACT if family.quadratic and method != "sampled" else _ORDER[method],
-            counts,
-            error,
-            seed,
-            notes_on(network, counts),
-            network.unmeasured,
-            network.divisor,
-        )
+            for network in self._opened(inputs, targets, keep):
+                error, counts = 0.0, dict[str, float]()
+                by_site: Mapping[str, Tensor]
+                if source is not None:
+                    by_site, each, error = _sampled(network, self.draws, source, keep)
+                elif self._to_second_order:
+                    by_site, each = _second_order(network, keep)
+                else:
+                    by_site, each, counts = _gaussian(network, keep)
+                parts.append(
+                    Penalty(
+                        each.sum() if keep else each.sum().detach(),
+                        by_site,
+                        each if keep else each.detach(),
+                        self.method,
+                        self._approximation,
+                        counts,
+                        error,
+                        seed,
+                        notes_on(network, counts),
+                        network.unmeasured,
+                        network.divisor,
+                    )
+                )
+        return parts[0] if len(parts) == 1 else _together(parts)
+
+    @property
+    def _to_second_order(self) -> bool:
+        return self.method == "second_order" or self.family.quadratic
+
+    @property
+    def _approximation(self) -> str:
+        exact = self.family.quadratic and self.method != "sampled"
+        return _EXACT if exact else _ORDER[self.method]
+
+    def _opened(self, inputs: Any, targets: Tensor | None, keep: bool) -> Iterator[Network]:
+        given = (self.model, inputs, self.family, targets, self.sites, keep)
+        if self.method == "sampled":
+            return iter([open_network(*given)])
+        # A class at a time: its scores, and what they are multiplied into.
+        return opened_in_parts(*given, _AT_ONCE if self._to_second_order else None)
+
+
+def _together(parts: Sequence[Penalty]) -> Penalty:
+    """Parts of one batch, weighed as the whole weighs them."""
+    counts = [len(part.per_example) for part in parts]
+    counted = [count / sum(counts) for count in counts]
+
+    def alone(name: str) -> Tensor:
+        return torch.stack([part.by_site[name] for part in parts]).sum()
+
+    return replace(
+        parts[0],
+        total=torch.stack([part.total for part in parts]).sum(),
+        by_site=WhenAsked({name: partial(alone, name) for name in parts[0].by_site}),
+        per_example=torch.cat([part.per_example for part in parts]),
+        participation=by_name(counted, [part.participation for part in parts]),
+        notes=tuple(dict.fromkeys(note for part in parts for note in part.notes)),
+    )
 
 
 def _pooled(found: Sequence[Penalty]) -> Penalty:
