@@ -1,17 +1,22 @@
 """Penalties against a plain training step: `python -m benchmarks.bench_penalty`."""
 
 import statistics
+from functools import partial
 
 import torch
 from torch import nn
 
 import droplens as dl
+from benchmarks._memory import peak
 from benchmarks._timing import ratio, row, seconds
+from benchmarks.networks import NETWORKS
 from droplens.data import digits
 from droplens.demonstration import trained
-from droplens.gates import draw_masks, masks_replaced, open_gates
+from droplens.gates import draw_masks, masks_replaced
 
 loss = nn.CrossEntropyLoss()
+# Enough for a training step to take some 40 to 130 MB.
+EXAMPLES = {"MLP": 4096, "small CNN": 2048, "small ResNet": 1024, "4-layer transformer": 1024}
 
 
 def plain_step(net, x, y):
@@ -19,27 +24,24 @@ def plain_step(net, x, y):
 
 
 def passes(net, x, n_classes=10):
-    """One forward and C backward passes to the earliest site: what any exact value has to do."""
-    opened = open_gates(net, x)
-    gates = [gate.tensor for gate in opened.gates]
+    """One forward and C backward passes to the gates: what any exact value has to do."""
+    gates = []
+
+    def visit(call, units):
+        gates.append(torch.ones_like(units, requires_grad=True))
+        return units * gates[-1]
+
+    with masks_replaced(net, visit):
+        outputs = net(x)
     for c in range(n_classes):
-        cotangent = torch.zeros_like(opened.outputs)
+        cotangent = torch.zeros_like(outputs)
         cotangent[:, c] = 1
-        torch.autograd.grad(opened.outputs, gates, cotangent, retain_graph=True)
+        torch.autograd.grad(outputs, gates, cotangent, retain_graph=True)
 
 
 def value(net, x, method):
     with torch.no_grad():
         return dl.penalty(net, x, loss, method)
-
-
-def small_cnn():
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Dropout2d(0.2),
-        nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Dropout(0.3),
-        nn.Flatten(), nn.Linear(512, 10),
-    )  # fmt: skip
 
 
 def gaussian_over_masks(net, x, y):
@@ -66,6 +68,46 @@ def gaussian_over_masks(net, x, y):
     return ours / (with_masks * needed), needed
 
 
+def untrained(name, n):
+    """A network and a batch of n images of noise with labels."""
+    torch.manual_seed(0)
+    return NETWORKS[name](0.3), torch.randn(n, 64), torch.randint(10, (n,))
+
+
+def overheads(name):
+    net, x, y = untrained(name, EXAMPLES[name] // 4)
+    for method in ("gaussian", "second_order"):
+        measured = ratio(lambda m=method: value(net, x, m), lambda: passes(net, x), 7)
+        row(f"penalty value, {method}, {name}, over one forward + C backward passes", measured, 1.5)
+    net.train()
+    measured = ratio(lambda: value(net, x, "sampled"), lambda: plain_step(net, x, y), 15)
+    row(f"penalty value, sampled, {name}, over a plain step", measured, 1.7)
+
+
+def prepared(name, method, n):
+    """A call whose memory is looked at: a training step, or a penalty's value."""
+    net, x, y = untrained(name, n)
+    net.train()
+
+    def call(x, y):
+        if method is None:
+            plain_step(net, x, y)
+        else:
+            value(net, x, method)
+
+    call(x[:4], y[:4])  # kernels and pools, which are not the call's
+    net.zero_grad(set_to_none=True)
+    return partial(call, x, y)
+
+
+def memory(name):
+    n = EXAMPLES[name]
+    step = peak(partial(prepared, name, None, n))
+    for method in ("gaussian", "second_order", "sampled"):
+        grown = peak(partial(prepared, name, method, n))
+        row(f"peak memory, {method}, {name}, {n} examples, over a training step", grown / step, 2)
+
+
 def main():
     torch.manual_seed(0)
     x, y = digits().train
@@ -79,14 +121,9 @@ def main():
         row(f"penalty value, {method}, over one forward + C backward passes", measured, 1.5)
     measured = ratio(lambda: value(net, x, "sampled"), lambda: plain_step(net, x, y))
     row("penalty value, sampled, demo network, over a plain step", measured, 1.7)
-    cnn, images = small_cnn(), x[:256].reshape(-1, 1, 8, 8)
-    for method in ("gaussian", "second_order"):
-        measured = ratio(lambda m=method: value(cnn, images, m), lambda: passes(cnn, images))
-        row(f"penalty value, {method}, small CNN, over forward + C passes", measured, 1.5)
-    measured = ratio(
-        lambda: value(cnn, images, "sampled"), lambda: plain_step(cnn, images, y[:256])
-    )
-    row("penalty value, sampled, small CNN, over a plain step", measured, 1.7)
+    for name in NETWORKS:
+        overheads(name)
+        memory(name)
     measured, needed = gaussian_over_masks(net, x, y)
     row(f"Gaussian per example, over {needed:.0f} masks of the same median error", measured, 0.05)
 

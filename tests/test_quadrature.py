@@ -5,7 +5,12 @@ import math
 import pytest
 import torch
 
-from droplens.quadrature import covariance_factor, normal_points, softplus_excess
+from droplens.quadrature import (
+    covariance_factor,
+    normal_points,
+    softplus_excess,
+    turned_points,
+)
 
 z = torch.linspace(-12, 12, 48_001, dtype=torch.float64)
 density = torch.exp(-z.square() / 2) / math.sqrt(2 * math.pi)
@@ -62,3 +67,15 @@ def test_factors_of_singular_covariances(rank):
     covariance = half @ half.mT
     lower = covariance_factor(covariance)
     torch.testing.assert_close(lower @ lower.mT, covariance, atol=1e-12, rtol=1e-12)
+
+
+def test_turned_points_keep_their_moments_and_the_fixed_set_comes_back():
+    fixed = normal_points(4, 32)
+    with turned_points(torch.Generator().manual_seed(0)):
+        first, second = normal_points(4, 32), normal_points(4, 32)
+    assert normal_points(4, 32) is fixed
+    assert not torch.allclose(first, second)
+    for points in (first, second):
+        torch.testing.assert_close(points.mean(0), torch.zeros(4, dtype=torch.float64))
+        torch.testing.assert_close(points.mT @ points / 32, torch.eye(4, dtype=torch.float64))
+        torch.testing.assert_close(points.norm(dim=1), fixed.norm(dim=1))

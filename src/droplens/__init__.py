@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from droplens import data as data
+    from droplens import dynamics as dynamics
     from droplens import linear as linear
     from droplens import losses as losses
     from droplens import masks as masks
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
     from droplens.discovery import Site as Site
     from droplens.discovery import register_site as register_site
     from droplens.discovery import sites as sites
+    from droplens.dynamics import explain_gap as explain_gap
+    from droplens.dynamics import gradient_noise as gradient_noise
+    from droplens.dynamics import modified_loss as modified_loss
+    from droplens.dynamics import replace_dropout as replace_dropout
     from droplens.estimates import Estimate as Estimate
     from droplens.inspection import Comparison as Comparison
     from droplens.inspection import Inspection as Inspection
@@ -32,7 +37,17 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_ROOMS = ("data", "linear", "losses", "masks", "measure", "nn", "recording", "training")
+_ROOMS = (
+    "data",
+    "dynamics",
+    "linear",
+    "losses",
+    "masks",
+    "measure",
+    "nn",
+    "recording",
+    "training",
+)
 
 
 _HOMES = {
@@ -44,10 +59,14 @@ _HOMES = {
     "compare": "inspection",
     "inspect": "inspection",
     "decompose": "penalties",
+    "explain_gap": "dynamics",
+    "gradient_noise": "dynamics",
+    "modified_loss": "dynamics",
     "penalty": "penalties",
     "penalty_curve": "penalties",
     "predict": "prediction",
     "register_site": "discovery",
+    "replace_dropout": "dynamics",
     "sites": "discovery",
 }
 

@@ -53,7 +53,7 @@ def predictions(model: nn.Module, inputs: Any) -> Tensor:
         ValueError: if the predictions are not single or double precision, or the inputs do not
             fit the weights.
     """
-    outputs = _one_tensor(call(model, inputs))
+    outputs = one_tensor(call(model, inputs))
     if not outputs.is_floating_point():
         raise ValueError(f"the model's predictions have dtype {outputs.dtype}; floats are needed")
     weight = next(model.parameters(), outputs)
@@ -63,7 +63,12 @@ def predictions(model: nn.Module, inputs: Any) -> Tensor:
     return outputs
 
 
-def _one_tensor(outputs: Any) -> Tensor:
+def one_tensor(outputs: Any) -> Tensor:
+    """The predictions in what a forward returned.
+
+    Raises:
+        TypeError: if they cannot be told.
+    """
     if isinstance(outputs, Tensor):
         return outputs
     kind = type(outputs).__name__
@@ -119,6 +124,12 @@ def tensors_in(inputs: Any) -> list[Tensor]:
     if isinstance(inputs, list | tuple):
         return [tensor for item in inputs for tensor in tensors_in(item)]
     return []
+
+
+def device_of(model: nn.Module, inputs: Any) -> torch.device:
+    """Where the model computes: the device of its weights, else of its inputs, else the CPU."""
+    known = [*model.parameters(), *model.buffers(), *tensors_in(inputs)]
+    return known[0].device if known else torch.device("cpu")
 
 
 def check_inputs(inputs: Any) -> None:

@@ -8,7 +8,7 @@ import hashlib
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -16,15 +16,21 @@ from torch import Tensor, nn
 from droplens.calling import predictions
 from droplens.discovery import Call, guarded, intercept, site_of, switch_on
 from droplens.masks import Law
+from droplens.reads import Followed, Reads
 
 
 @dataclass(frozen=True)
 class Gate:
-    """An open gate: `tensor` is all ones, of `shape`, and the outputs depend on it."""
+    """An open gate: `tensor` is all ones, of the site's shape, and the outputs depend on it.
+
+    Where the site masks a weight (DropConnect), all examples share the gate, and `weight` tells
+    which operations read it.
+    """
 
     name: str
     law: Law
     tensor: Tensor
+    weight: Followed | None = None
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,23 @@ def masks_replaced(model: nn.Module, visit: Callable[[Call, Tensor], Tensor]) ->
         yield
 
 
+@final
+class _Gated(torch.autograd.Function):
+    """x ∘ g at g = 1, without multiplying by ones on the way back when no graph is wanted."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gate: Tensor) -> Tensor:
+        ctx.save_for_backward(x, gate)
+        return x.clone()  # what follows may write into it
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, Tensor]:
+        x, gate = ctx.saved_tensors
+        (cotangent,) = cotangents
+        graph = torch.is_grad_enabled()
+        return cotangent * gate if graph else cotangent, cotangent * x
+
+
 def open_gates(model: nn.Module, inputs: Any, names: Collection[str] | None = None) -> Opened:
     """Run `model` without dropout, with a gate of ones at every site (or those in `names`).
 
@@ -69,6 +92,7 @@ def open_gates(model: nn.Module, inputs: Any, names: Collection[str] | None = No
     """
     gates: list[Gate] = []
     unmeasured: dict[str, str] = {}
+    reads = Reads()
 
     def visit(call: Call, x: Tensor) -> Tensor:
         site = site_of(call, active=call.on)
@@ -77,12 +101,21 @@ def open_gates(model: nn.Module, inputs: Any, names: Collection[str] | None = No
             return x
         if names is not None and call.name not in names:
             return x
+        # A mask for each example, of a weight that they share: one gate will do.
+        copies = x.shape if call.of_weights else None
+        x = x[:1] if call.of_weights else x
         # One number seen through strides of zero: a gate costs no memory of its own.
         gate = torch.ones((), dtype=x.dtype, device=x.device).expand(x.shape).requires_grad_()
-        gates.append(Gate(call.name, site.law, gate))
-        return x * gate
+        gated: Tensor = _Gated.apply(x, gate)  # type: ignore[no-untyped-call]  # torch's own
+        if copies is not None:
+            gated = gated.expand(copies)
+            gates.append(Gate(call.name, site.law, gate, reads.follow(gated)))
+        else:
+            gates.append(Gate(call.name, site.law, gate))
+        return gated
 
-    with torch.enable_grad(), guarded(model), intercept(model, visit):
+    # Weights are followed below the interception, which spells out composites for it.
+    with torch.enable_grad(), guarded(model), reads, intercept(model, visit):
         switch_on(model)
         outputs = predictions(model, inputs)
     return Opened(outputs, tuple(gates), unmeasured)

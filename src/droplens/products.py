@@ -30,7 +30,7 @@ def term_jacobian(
     contrasts: Tensor,
     tensors: Sequence[Tensor],
     create_graph: bool = False,
-) -> tuple[tuple[Tensor, ...], ...]:
+) -> tuple[Tensor, ...]:
     """Rows of J for one term of every example: one backward pass a contrast.
 
     Examples do not mix in a network, so one pass serves all n of them: entry [k, …] for an
@@ -44,15 +44,20 @@ def term_jacobian(
         create_graph: keep the result differentiable.
 
     Returns:
-        For each tensor, the m rows of its Jacobian, each of its shape. They are not stacked:
-        one large block of fresh memory costs more than the passes over it.
+        For each tensor, the m rows of its Jacobian: (m, *its shape).
     """
     rows: list[tuple[Tensor, ...]] = []
-    for contrast in contrasts:
+    stacks = [tensor.new_empty((len(contrasts), *tensor.shape)) for tensor in tensors]
+    for k, contrast in enumerate(contrasts):
         cotangent = torch.zeros_like(f)
         cotangent[:, term] = contrast
-        rows.append(pull_back(f, cotangent, tensors, create_graph))
-    return tuple(zip(*rows, strict=True))
+        found = pull_back(f, cotangent, tensors, create_graph)
+        if create_graph:
+            rows.append(found)
+            continue
+        for stack, row in zip(stacks, found, strict=True):
+            stack[k] = row  # while it is still in the cache
+    return tuple(torch.stack(row) for row in zip(*rows, strict=True)) if rows else tuple(stacks)
 
 
 def differentiable_gradient(value: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:

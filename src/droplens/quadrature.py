@@ -1,6 +1,9 @@
 """Expectations over normal noise without drawing any: point sets and one-dimensional rules."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 
 import numpy as np
@@ -8,12 +11,48 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_turning: ContextVar[torch.Generator | None] = ContextVar("_turning", default=None)
 
-@lru_cache(maxsize=16)
+
+@contextmanager
+def turned_points(generator: torch.Generator) -> Iterator[None]:
+    """While open, every use of `normal_points` sees the set under a fresh random rotation.
+
+    For training: weights that are fitted to an integral over one fixed set of points fit the
+    points, and between them the integrand is what it likes.
+    """
+    token = _turning.set(generator)
+    try:
+        yield
+    finally:
+        _turning.reset(token)
+
+
 def normal_points(dimension: int, n_points: int) -> Tensor:
     """A fixed set of scrambled Sobol normal points, centred and whitened: (n_points, dimension).
 
     Mean 0 and covariance I hold exactly, so quadratic functions are integrated without error.
+
+    Raises:
+        ValueError: if there are too few points to whiten.
+    """
+    points, source = _whitened_points(dimension, n_points), _turning.get()
+    return points if source is None else points @ _rotation(dimension, source).to(points.device)
+
+
+def _rotation(dimension: int, source: torch.Generator) -> Tensor:
+    """An orthogonal matrix, uniform over all of them (Haar)."""
+    gaussian = torch.randn(
+        dimension, dimension, generator=source, device=source.device, dtype=torch.float64
+    )
+    Q, R = torch.linalg.qr(gaussian)
+    rotation: Tensor = Q * R.diagonal().sign()
+    return rotation
+
+
+@lru_cache(maxsize=16)
+def _whitened_points(dimension: int, n_points: int) -> Tensor:
+    """See `normal_points`.
 
     Raises:
         ValueError: if there are too few points to whiten.
@@ -38,7 +77,7 @@ def _hermite(n_nodes: int) -> tuple[Tensor, Tensor]:
 @lru_cache(maxsize=1)
 def _laguerre() -> tuple[Tensor, Tensor]:
     """Nodes t > 0 and weights for ∫₀^∞ log(1 + e^(−t)) g(t) dt, g smooth."""
-    nodes, weights = np.polynomial.laguerre.laggauss(12)
+    nodes, weights = np.polynomial.laguerre.laggauss(8)
     weights = weights * np.exp(nodes) * np.log1p(np.exp(-nodes))
     return torch.from_numpy(nodes), torch.from_numpy(weights)
 
@@ -71,7 +110,7 @@ def softplus_excess(a: Tensor, variance: Tensor) -> Tensor:
 # Below this logit softplus is its exponential to 0.15%.
 _EXPONENTIAL = -6.0
 # From this width on the bump is smooth against the noise.
-_WIDE = 2.0
+_WIDE = 2.5
 
 
 def reached(a: Tensor, variance: Tensor) -> Tensor:
@@ -81,7 +120,7 @@ def reached(a: Tensor, variance: Tensor) -> Tensor:
 
 
 def _narrow(a: Tensor, s: Tensor) -> Tensor:
-    smooth = s.numel() == 0 or float(s.detach().max()) < 0.5
+    smooth = s.numel() == 0 or float(s.detach().max()) < 1.5
     nodes, weights = (part.to(a) for part in _hermite(8 if smooth else 12))
     # softplus(a + x) − softplus(a) = log(1 + σ(a)(eˣ − 1)); odd parts cancel in the symmetric sum.
     steps = torch.expm1(s.unsqueeze(-1) * nodes)

@@ -1,6 +1,8 @@
 import copy
 import math
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -321,3 +323,9 @@ class TestParallel:
         assert model(torch.ones(4, 3)).shape == (4, 3)
         replica = dn.Dropout(0.5, seed=1)._replicate_for_data_parallel()
         assert replica(torch.ones(4, 3)).shape == (4, 3)
+
+
+def test_the_layers_come_without_the_compiler():
+    code = "import sys, torch, droplens.nn; print([m for m in sys.modules if m == 'torch._dynamo'])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"

@@ -29,11 +29,11 @@ def test_layers_and_functions_are_sites_with_their_law(case: LayerCase) -> None:
     assert not any(site.active for site in dl.sites(Both().eval(), torch.ones(case.shape)))
 
 
-def test_drop_connect_is_a_site_without_a_law_of_activations() -> None:
+def test_drop_connect_is_a_site_over_the_entries_of_a_weight() -> None:
     model = nn.Sequential(dn.drop_connect(nn.Linear(3, 2), "weight", 0.5))
     (site,) = dl.sites(model, torch.ones(4, 3))
-    assert site.law is None
-    assert "DropConnect masks weights" in site.reason
+    assert site.law == dl.masks.Weight(0.5)
+    assert site.shape == (1, 2, 3)
     assert site.kind == "DropConnect"
 
 

@@ -6,16 +6,19 @@ from droplens.discovery._guard import KEPT_IN_EVAL, guarded, switch_on
 from droplens.discovery._intercept import intercept
 from droplens.discovery._registry import register_site
 from droplens.discovery._sites import Site, site_of, sites
+from droplens.discovery._unrolled import can_unroll, unrolled
 
 __all__ = [
     "KEPT_IN_EVAL",
     "RECURRENT",
     "Call",
     "Site",
+    "can_unroll",
     "guarded",
     "intercept",
     "register_site",
     "site_of",
     "sites",
     "switch_on",
+    "unrolled",
 ]

@@ -23,6 +23,8 @@ class Call:
         reason: why there is no law.
         shape: of the tensor the mask multiplies, batch axis first.
         on: whether the call is stochastic in this pass (its `training` argument).
+        of_weights: whether the tensor is a weight (DropConnect), its first axis counting masks,
+            rather than the activations of a batch.
     """
 
     name: str
@@ -31,6 +33,7 @@ class Call:
     reason: str | None
     shape: tuple[int, ...]
     on: bool
+    of_weights: bool = False
 
 
 @dataclass(frozen=True)

@@ -109,11 +109,12 @@ class _Interceptor(TorchFunctionMode):
     def _masked(self, x: Tensor, law: Law, training: bool = True, *_: Any, **__: Any) -> Tensor:
         """A function of droplens.nn, or DropConnect, which multiplies weights."""
         kind = type(law).__name__
+        owner = self.tracker.running[-1] if self.tracker.running else None
         name, module_kind = self.tracker.name_call(kind.lower())
-        weights = isinstance(law, Weight)
-        reason = "DropConnect masks weights, not the activations of an example" if weights else None
-        known = None if weights else law
-        call = Call(name, module_kind or kind, known, reason, tuple(x.shape), training)
+        # A layer that masks activations may have this law too; it is then that of single units.
+        layer = isinstance(owner, nn.modules.dropout._DropoutNd)
+        weights = isinstance(law, Weight) and (not layer or hasattr(owner, "weight_law"))
+        call = Call(name, module_kind or kind, law, None, tuple(x.shape), training, weights)
         return self.visit(call, x)
 
     def _attention(self, given: Attention) -> Tensor:

@@ -13,7 +13,7 @@ from droplens.estimates import Estimate, exact
 from droplens.gates import masks_off
 from droplens.inspection._sizes import MOST_PASSES, Sizes, in_parts, targets_of
 from droplens.losses import family as family_of
-from droplens.penalties import Decomposition, Parts, Penalty, decompose, penalty
+from droplens.penalties import Decomposition, Penalty, decompose, penalty, pooled_parts
 
 # Backward passes for a second-order value where the exact one takes too many.
 PROBES = 20
@@ -99,10 +99,10 @@ def cost_of(
     total = sum(batch.norm for batch in found)
     weights = [1.0 if summed else batch.norm / total for batch in found]
     first = found[0]
-    joint = _pooled(weights, [batch.parts for batch in found])
+    joint = pooled_parts(weights, [batch.parts for batch in found])
     sites = {}
     for name in first.parts.by_site:
-        alone = _pooled(weights, [batch.parts.by_site[name] for batch in found])
+        alone = pooled_parts(weights, [batch.parts.by_site[name] for batch in found])
         sites[name] = SiteCost(
             alone.gap,
             alone.spread,
@@ -167,18 +167,3 @@ def _average(weights: Sequence[float], values: Sequence[float | None]) -> float 
 
 def _sum(weights: Sequence[float], values: Sequence[float]) -> float:
     return sum(w * v for w, v in zip(weights, values, strict=True))
-
-
-def _pooled(weights: Sequence[float], parts: Sequence[Parts | Decomposition]) -> Parts:
-    """Parts of all batches together; batches draw their own masks, so errors are independent."""
-
-    def pool(values: Sequence[Estimate]) -> Estimate:
-        value = _sum(weights, [v.value for v in values])
-        errors = [(w * v.standard_error) ** 2 for w, v in zip(weights, values, strict=True)]
-        return Estimate(value, sum(errors) ** 0.5, values[0].n, values[0].over)
-
-    return Parts(
-        pool([part.gap for part in parts]),
-        pool([part.spread for part in parts]),
-        pool([part.shift for part in parts]),
-    )

@@ -28,6 +28,7 @@ class Family(ABC):
     """What the library knows about a loss. f: (n, T, C); A(f): (n, T)."""
 
     quadratic = False  # A is a quadratic form: the second-order penalty is exact in the spread
+    reduction: str  # "mean" or "sum"
 
     @abstractmethod
     def natural(self, outputs: Tensor) -> Tensor:
@@ -60,6 +61,10 @@ class Family(ABC):
     @abstractmethod
     def normalizer(self, outputs: Tensor, targets: Tensor | None) -> float:
         """What the reduction divides by (1 for a sum): values of batches average with it."""
+
+    def divisor(self, outputs: Tensor, targets: Tensor | None) -> float | None:
+        """The normalizer of a mean; None for a sum, whose batches add up as they are."""
+        return None if self.reduction == "sum" else self.normalizer(outputs, targets)
 
     @abstractmethod
     def check_targets(self, outputs: Tensor, targets: Tensor) -> None:
@@ -359,19 +364,23 @@ class Categorical(Family):
         if n_classes == 1:
             return f.new_zeros(n)
         top = f.detach().argmax(-1, keepdim=True)
+        column = torch.arange(n_classes - 1, device=f.device)
+        rest = column + (column >= top)  # (n, C − 1), all classes but the top one
         lifted = F.pad(covariance_factor(covariance), (0, 0, 0, 1))  # the last class stays put
-        lifted = lifted - lifted.take_along_dim(top.unsqueeze(-1), 1)  # (n, C, m), 0 at the top
-        d = f - f.take_along_dim(top, -1)
-        others = torch.ones_like(d).scatter(-1, top, 0.0)
+        lifted = lifted.take_along_dim(rest.unsqueeze(-1), 1) - lifted.take_along_dim(
+            top.unsqueeze(-1), 1
+        )
+        d = f.gather(1, rest) - f.gather(1, top)
         variance = lifted.square().sum(-1)
-        spread = (softplus_excess(d, variance) * others).sum(-1)
+        spread = softplus_excess(d, variance).sum(-1)
         if m == 1:
             return spread
         # Classes that the noise never carries near the top do not meet.
-        meets = ((reached(d, variance) > _FAR) & (others > 0)).sum(-1) > 1
+        meets = (reached(d, variance) > _FAR).sum(-1) > 1
         if bool(meets.any()):
             points = normal_points(m, max(POINTS, 2 * m)).to(f)
-            parts = (f[meets], d[meets], lifted[meets], others[meets], points)
+            share = torch.softmax(f, -1).gather(1, rest)
+            parts = (share[meets], d[meets], lifted[meets], points)
             spread = spread.masked_scatter(meets, spread[meets] + _meeting(*parts))
         return spread.clamp_min(0)
 
@@ -453,12 +462,15 @@ class Categorical(Family):
             )
 
 
-def _meeting(f: Tensor, d: Tensor, lifted: Tensor, others: Tensor, points: Tensor) -> Tensor:
-    """E[log(1 + Σ e^{d_c}) − Σ log(1 + e^{d_c})] over the noise minus its value without: (n)."""
-    growth = torch.expm1((lifted @ points.mT).clamp_max(60.0))  # (n, C, P); 60: no overflow
-    together = torch.log1p(torch.softmax(f, -1).unsqueeze(-2) @ growth)
-    apart = others.unsqueeze(-2) @ torch.log1p(torch.sigmoid(d).unsqueeze(-1) * growth)
-    return (together - apart).squeeze(-2).mean(-1)
+def _meeting(share: Tensor, d: Tensor, lifted: Tensor, points: Tensor) -> Tensor:
+    """E[log(1 + Σ e^{d_c}) − Σ log(1 + e^{d_c})] over the noise minus its value without: (n).
+
+    `share` holds π_c of the classes c of `d`.
+    """
+    growth = torch.expm1((lifted @ points.mT).clamp_max(60.0))  # (n, C − 1, P); 60: no overflow
+    together = torch.log1p((share.unsqueeze(-2) @ growth).squeeze(-2))
+    apart = torch.log1p(torch.sigmoid(d).unsqueeze(-1) * growth).sum(-2)
+    return (together - apart).mean(-1)
 
 
 def _need_targets(what: str) -> str:

@@ -61,9 +61,8 @@ class GroupCovariance(Covariance):
         """λ times the folded scores."""
         return self.variance * folded
 
-    def gram(self, scores: Tensor) -> Tensor:
-        """λ J Jᵀ over runs: scaling the small product spares a copy of the scores."""
-        folded = self.fold(self._checked(scores))
+    def product(self, folded: Tensor) -> Tensor:
+        """λ φ φᵀ: scaling the small product spares a copy of the scores."""
         return self.variance * (folded @ folded.mT)
 
 

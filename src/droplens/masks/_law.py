@@ -120,7 +120,10 @@ class Covariance(ABC):
         Raises:
             ValueError: if the last axes of `scores` are not `units`.
         """
-        folded = self.fold(self._checked(scores))
+        return self.product(self.fold(self._checked(scores)))
+
+    def product(self, folded: Tensor) -> Tensor:
+        """φ W φᵀ for folded scores φ (*batch, c, m): (*batch, c, c)."""
         return folded @ self.weigh(folded).mT
 
     def _checked(self, scores: Tensor) -> Tensor:

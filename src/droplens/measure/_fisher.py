@@ -176,13 +176,11 @@ class _Sums:
 
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         self._parameters, self._runs = parameters, 0
-        self._total = {
-            name: torch.zeros_like(p, dtype=torch.float64, requires_grad=False)
-            for name, p in parameters.items()
-        }
+        self._total: dict[str, Tensor] = {}
         self._variance: dict[str, Tensor] = {}
-        self._first: dict[str, Tensor] = {}
-        self._steps: dict[str, tuple[Tensor, Tensor]] = {}
+        # Of the batch at hand: mean over runs, and the sum of squared deviations from it.
+        self._mean: dict[str, Tensor] = {}
+        self._moment: dict[str, Tensor] = {}
         self._traces: list[float] = []
         self._mass = 0.0
         self._axes: dict[str, list[int]] | None = None
@@ -207,50 +205,46 @@ class _Sums:
         """Say how all parameters' parts were found."""
         self._how = dict.fromkeys(self._parameters, how)
 
-    def add(self, run: int, mass: float, found: Mapping[str, Tensor]) -> None:
-        """Count in what one run found on a batch."""
+    def add(self, run: int, mass: float, found: dict[str, Tensor]) -> None:
+        """Count in what one run found on a batch; `found` is used up."""
         self._runs = max(self._runs, run + 1)
         if run == 0:
             self._mass += mass
         if run == len(self._traces):
             self._traces.append(0.0)
-        self._traces[run] += mass * float(sum(float(own.sum()) for own in found.values()))
-        for name, own in found.items():
-            self._total[name] += mass * own
+        for name in list(found):
+            own = found.pop(name).mul_(mass)
+            self._traces[run] += float(own.sum(dtype=torch.float64))
             if run == 0:
-                self._first[name] = mass * own
-            else:  # deviations from the first run keep their digits where runs hardly differ
-                step = mass * own - self._first[name]
-                self._moments(name)[0].add_(step)
-                self._moments(name)[1].add_(step.square())
-
-    def _moments(self, name: str) -> tuple[Tensor, Tensor]:
-        if name not in self._steps:
-            zeros = torch.zeros_like(self._first[name])
-            self._steps[name] = (zeros, zeros.clone())
-        return self._steps[name]
+                self._mean[name] = own.double()
+                continue
+            # Welford's update: sums of squares would lose what runs hardly differ by.
+            mean = self._mean[name]
+            step = own - mean
+            mean.add_(step, alpha=1 / (run + 1))
+            moment = step.mul_(own - mean).to(own.dtype)
+            self._moment[name] = self._moment[name].add_(moment) if run > 1 else moment
 
     def finish_batch(self) -> None:
         """After the last run over a batch: labels and masks of batches are independent."""
-        for name, (first, second) in self._steps.items():
-            spread = (second - first.square() / self._runs) / (self._runs - 1)
-            own = spread.clamp_min(0) / self._runs
-            self._variance[name] = self._variance[name] + own if name in self._variance else own
-        self._steps.clear()
-        self._first.clear()
+        _join(self._total, self._mean)
+        for moment in self._moment.values():
+            moment.div_((self._runs - 1) * self._runs)
+        _join(self._variance, self._moment)
 
     def result(self, loss_of: Loss, method: Method, masks: Masks, over: str, seed: int) -> Fisher:
         whole = loss_of.whole(self._mass)
         traces = torch.tensor(self._traces, dtype=torch.float64) / whole
         trace = mean_estimate(traces, over) if over else exact(float(traces[0]), "labels")
         errors = {
-            name: self._variance.get(name, torch.zeros_like(total)).sqrt() / whole
+            name: self._variance.get(name, torch.zeros(())).double().expand(total.shape).sqrt()
+            / whole
             for name, total in self._total.items()
         }
         drawn = bool(over) or masks == "fixed"
         return Fisher(
             trace,
-            {name: total / (whole * self._runs) for name, total in self._total.items()},
+            {name: total.div_(whole) for name, total in self._total.items()},
             errors if over else None,
             method,
             self._how,
@@ -258,3 +252,10 @@ class _Sums:
             self._runs if drawn else 0,
             seed if drawn else None,
         )
+
+
+def _join(total: dict[str, Tensor], part: dict[str, Tensor]) -> None:
+    """Add `part` to `total`, and empty it."""
+    for name in list(part):
+        own = part.pop(name)
+        total[name] = total[name].add_(own) if name in total else own

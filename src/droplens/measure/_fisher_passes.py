@@ -127,10 +127,17 @@ class Pass:
     def _by_layers(self, cotangents: Cotangents) -> dict[str, Tensor]:
         names = sorted(self.layered)
         edges = self.uses.edges(names)
-        found = {name: torch.zeros_like(self.parameters[name]).double() for name in names}
         # A linear layer that sees an example once has gradient δ hᵀ, whose square is δ² (h²)ᵀ: its
         # δ² can be summed over cotangents before any product is formed.
-        once = [name for name in names if _seen_once(self.uses.by_parameter[name], self.n)]
+        once = {name for name in names if _seen_once(self.uses.by_parameter[name], self.n)}
+        found = {
+            name: torch.zeros_like(
+                self.parameters[name],
+                dtype=None if name in once else torch.float64,
+                requires_grad=False,
+            )
+            for name in names
+        }
         deltas: dict[Any, Tensor] = {}
         for k in range(len(cotangents)):
             sent = pull_to_edges(self.f, cotangents.at(k, slice(None)), edges)

@@ -12,7 +12,7 @@ from droplens.estimates import Estimate
 from droplens.measure._density import Quadrature, check_counts, matrix_of, quadrature, times
 from droplens.measure._directions import Direction
 from droplens.measure._hessian import DENSE
-from droplens.measure._lanczos import top_pairs
+from droplens.measure._lanczos import rayleigh, top_pairs
 from droplens.measure._masks import Masking, Masks
 from droplens.measure._operators import Vector, WeightMatrix
 from droplens.randomness import private_generator
@@ -101,14 +101,14 @@ def fisher_spectrum(  # noqa: PLR0913  # all but three have defaults
         F = matrix_of("fisher", model, data, loss, applied)
         if top > F.size:
             raise ValueError(f"top is {top}, but the model has only {F.size} trainable numbers")
-        values, Q = _top(F, top, source)
-        residuals = F.products(Q) - Q * values
+        Q = _top(F, top, source)
+        values, residuals = rayleigh(Q, F.products(Q))
         found = quadrature(F, probes, steps, source)
         tau = damping or 1 / F.divisor
     dimension = found.mean(lambda nodes: nodes.clamp_min(0) / (nodes.clamp_min(0) + tau))
     return FisherSpectrum(
         torch.from_numpy(values),
-        torch.from_numpy(np.linalg.norm(residuals, axis=0)),
+        torch.from_numpy(residuals),
         tuple(F.named(q) for q in Q.T),
         times(dimension, F.size),
         tau,
@@ -120,9 +120,9 @@ def fisher_spectrum(  # noqa: PLR0913  # all but three have defaults
     )
 
 
-def _top(F: WeightMatrix, top: int, source: torch.Generator) -> tuple[Vector, Vector]:
+def _top(F: WeightMatrix, top: int, source: torch.Generator) -> Vector:
     if F.size > DENSE:
-        return top_pairs(F, top, source)
+        return top_pairs(F, top, source)[1]
     matrix = F.products(np.eye(F.size))
-    values, vectors = np.linalg.eigh((matrix + matrix.T) / 2)
-    return values[::-1][:top].copy(), vectors[:, ::-1][:, :top].copy()
+    _, vectors = np.linalg.eigh((matrix + matrix.T) / 2)
+    return vectors[:, ::-1][:, :top].copy()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from droplens.batches import checked_passes
 from droplens.estimates import Estimate, crossed_estimate, mean_estimate
 from droplens.measure._directions import Direction
-from droplens.measure._lanczos import columns_at_once, random_signs, top_pairs
+from droplens.measure._lanczos import columns_at_once, random_signs, rayleigh, top_pairs
 from droplens.measure._masks import Masking, Masks
 from droplens.measure._operators import LossHessian, Vector, WeightMatrix
 from droplens.measure._risk import Loss
@@ -108,19 +108,19 @@ def hessian(  # noqa: PLR0913  # the last four are keywords with defaults
         if top > H.size:
             raise ValueError(f"top is {top}, but the model has only {H.size} trainable numbers")
         if H.size <= DENSE:
-            values, Q, traces = _dense(H, top)
+            Q, traces = _dense(H, top)
         else:
-            values, Q = top_pairs(H, top, source)
+            _, Q = top_pairs(H, top, source)
             traces = _Traces(H, Q)
             traces.probe(probes, source)
-        HQ = np.mean(traces.seen, 0)
+        values, residuals = rayleigh(Q, np.mean(traces.seen, 0))
         trace, relative = traces.estimates()
     return Hessian(
         trace,
         relative,
         torch.from_numpy(values),
         torch.from_numpy(traces.errors()),
-        torch.from_numpy(np.linalg.norm(HQ - Q * values, axis=0)),
+        torch.from_numpy(residuals),
         tuple(H.named(q) for q in Q.T),
         masks,
         0 if masks == "off" else applied.count,
@@ -128,13 +128,13 @@ def hessian(  # noqa: PLR0913  # the last four are keywords with defaults
     )
 
 
-def _dense(H: WeightMatrix, top: int) -> tuple[Vector, Vector, "_Traces"]:
-    """Everything from the matrix itself."""
+def _dense(H: WeightMatrix, top: int) -> tuple[Vector, "_Traces"]:
+    """Eigenvectors and traces from the matrix itself."""
     matrix = H.products(np.eye(H.size))
-    values, vectors = np.linalg.eigh((matrix + matrix.T) / 2)
+    _, vectors = np.linalg.eigh((matrix + matrix.T) / 2)
     traces = _Traces(H, vectors[:, ::-1])
     kept = traces.restricted(top)
-    return values[::-1][:top].copy(), vectors[:, ::-1][:, :top].copy(), kept
+    return vectors[:, ::-1][:, :top].copy(), kept
 
 
 class _Traces:
@@ -184,12 +184,12 @@ class _Traces:
         size = columns_at_once(H.size, _PILOT)
         parts = []
         for start in range(0, count, size):
-            S = random_signs(H.size, min(size, count - start), source)
+            S = random_signs(H.size, min(size, count - start), source).astype(H.dtype)
             Z = S - Q @ (Q.T @ S)
             part = np.empty((H.masks.count, Z.shape[1], 2))
             for draw in range(H.masks.count):
                 HZ = H.products_of_draw(draw, Z)
-                part[draw, :, 0] = (Z * HZ).sum(0)
+                part[draw, :, 0] = (Z * HZ).sum(0, dtype=np.float64)
                 HZ -= Q @ (Q.T @ HZ)
                 part[draw, :, 1] = self._squares @ (S * HZ)
             parts.append(torch.from_numpy(part))
@@ -207,7 +207,7 @@ class _Traces:
 
     def errors(self) -> Vector:
         """Standard errors of qᵀHq over masks."""
-        forms = np.array([(self._Q * HQ).sum(0) for HQ in self.seen])
+        forms = np.array([(self._Q * HQ).sum(0, dtype=np.float64) for HQ in self.seen])
         n = len(forms)
         errors: Vector = forms.std(0, ddof=1) / math.sqrt(n) if n > 1 else np.zeros(forms.shape[1])
         return errors

@@ -11,8 +11,8 @@ from droplens.measure._operators import FlatError, Vector, WeightMatrix
 # Relative residual asked of an eigenpair. The eigenvalue's own error is at most its square over
 # the distance to the next one: a millionth, where neighbours differ by 1%.
 _TOLERANCE = 1e-4
-# Numbers in the block of vectors that one pass over the data multiplies: 64 MB.
-_BLOCK_NUMBERS = 2**23
+# Numbers in the block of vectors that one pass over the data multiplies: 16 MB.
+_BLOCK_NUMBERS = 2**21
 
 
 def columns_at_once(size: int, most: int) -> int:
@@ -23,36 +23,57 @@ def columns_at_once(size: int, most: int) -> int:
 def top_pairs(M: WeightMatrix, top: int, source: torch.Generator) -> tuple[Vector, Vector]:
     """The `top` largest eigenvalues, falling, and their eigenvectors as columns (scipy's eigsh).
 
+    The vectors have the weights' precision; the eigenvalues are then xᵀMx of them, which is as
+    accurate as the square of the vectors.
+
     Raises:
         RuntimeError: if they do not converge.
     """
     from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 
     if top == 0:
-        return np.zeros(0), np.zeros((M.size, 0))
-    operator: Any = LinearOperator((M.size, M.size), matvec=M.product, dtype=np.float64)
+        return np.zeros(0), np.zeros((M.size, 0), M.dtype)
+    operator: Any = LinearOperator((M.size, M.size), matvec=M.product, dtype=M.dtype)
     # Few vectors more than asked for: each is as large as the model.
     size = min(M.size, 2 * top + 2)
     start = torch.randn(M.size, generator=source, dtype=torch.float64, device=source.device)
     try:
         values, Q = eigsh(
-            operator, k=top, which="LA", v0=start.cpu().numpy(), ncv=size, tol=_TOLERANCE
+            operator,
+            k=top,
+            which="LA",
+            v0=start.cpu().numpy().astype(M.dtype),
+            ncv=size,
+            tol=_TOLERANCE,
         )
     except FlatError:
-        return np.zeros(top), np.eye(M.size, top)
+        return np.zeros(top), np.eye(M.size, top, dtype=M.dtype)
     except ArpackNoConvergence as error:
         raise RuntimeError(
             f"the {top} largest eigenvalues did not converge ({len(error.eigenvalues)} did); "
             "ask for fewer with top="
         ) from error
     order = np.argsort(values)[::-1]
-    return values[order], Q[:, order]
+    return values[order].astype(np.float64), Q[:, order]
+
+
+def rayleigh(Q: Vector, MQ: Vector) -> tuple[Vector, Vector]:
+    """Eigenvalues qᵀMq/qᵀq, and the residuals ‖Mq − λq‖/‖q‖, summed up in float64."""
+    values, residuals = np.zeros(Q.shape[1]), np.zeros(Q.shape[1])
+    for k, (column, image) in enumerate(zip(Q.T, MQ.T, strict=True)):
+        q, Mq = column.astype(np.float64), image.astype(np.float64)
+        length = float(q @ q)
+        values[k] = (q @ Mq) / length
+        residuals[k] = np.linalg.norm(Mq - values[k] * q) / length**0.5
+    return values, residuals
 
 
 def random_signs(size: int, count: int, source: torch.Generator) -> Vector:
     """Rademacher probes as columns (size, count)."""
-    coins = torch.randint(2, (size, count), generator=source, device=source.device)
-    signs: Vector = coins.cpu().numpy() * 2.0 - 1.0
+    coins = torch.randint(
+        2, (size, count), generator=source, device=source.device, dtype=torch.int8
+    )
+    signs: Vector = (2 * coins - 1).cpu().numpy().astype(np.float64)
     return signs
 
 

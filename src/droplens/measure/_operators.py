@@ -18,7 +18,8 @@ from droplens.measure._masks import Applied
 from droplens.measure._risk import Loss, labelled
 from droplens.products import GaussNewtonGraph, differentiable_gradient, hessian_product
 
-Vector = NDArray[np.float64]
+# Of float64, or of float32 where the weights are and memory counts.
+Vector = NDArray[Any]
 Product = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 
 
@@ -29,7 +30,7 @@ class FlatError(Exception):
 class WeightMatrix(ABC):
     """A symmetric matrix over the trainable weights, the mean over draws of masks of one a draw.
 
-    It works on flat float64 vectors. Gradients have to be on and the masks in force (`masks`).
+    It works on flat vectors. Gradients have to be on and the masks in force (`masks`).
 
     Args:
         model: whose trainable weights they are.
@@ -44,6 +45,8 @@ class WeightMatrix(ABC):
         parameters = trainable(model)
         self._names, self.parameters = list(parameters), list(parameters.values())
         self.size = sum(p.numel() for p in self.parameters)
+        single = all(p.dtype == torch.float32 for p in self.parameters)
+        self.dtype = np.float32 if single else np.float64
         self.divisor = 1.0  # what the loss divides by over all data, known after a product
         self._curved = False
         self._held: tuple[float, Product] | None = None
@@ -96,7 +99,7 @@ class WeightMatrix(ABC):
 
     def weights(self) -> Vector:
         """The weights themselves, flat."""
-        return _flat(self.parameters)
+        return _flat(self.parameters, np.dtype(np.float64))
 
     def _sum(self, V: Vector, draws: range) -> Vector:
         vectors = [self._split(column) for column in V.T]
@@ -107,7 +110,7 @@ class WeightMatrix(ABC):
             if draw == draws[0] or kept:
                 masses += mass
             for k, vector in enumerate(vectors):
-                result[:, k] += mass * _flat(product(vector))
+                result[:, k] += mass * _flat(product(vector), V.dtype)
             del product  # or its graph would live on while the next one is built
         self.divisor = self.loss.whole(masses)
         return result / self.divisor
@@ -137,10 +140,10 @@ class WeightMatrix(ABC):
         ]
 
 
-def _flat(tensors: Sequence[Tensor]) -> Vector:
+def _flat(tensors: Sequence[Tensor], dtype: np.dtype[Any]) -> Vector:
     joined = torch.cat([tensor.detach().flatten() for tensor in tensors])
-    array: Vector = joined.double().cpu().numpy()
-    return array
+    array: Vector = joined.cpu().numpy()
+    return array.astype(dtype, copy=False)
 
 
 @final

@@ -147,6 +147,8 @@ class _Trail:
 
     def visit(self, call: Call, x: Tensor) -> Tensor:
         """Stand in for a dropout: its output holds its units, and those that came in."""
+        if call.of_weights:
+            return x
         out = x.clone()
         self.sites[call.name] = None
         if call.kind in _OF_KIND:

@@ -93,7 +93,11 @@ class MaskedLayer(_DropoutNd):
 
     def _times_mask(self, x: Tensor) -> Tensor:
         if self._stream.generator is not None:
-            dropped: Tensor = self._times_generated(x)
+            if not torch.compiler.is_compiling():
+                return self._times_generated(x)
+            from droplens.nn._apart import apart  # costs 1.5 s, see there
+
+            dropped: Tensor = apart(self._times_generated, x)
             return dropped
         if not torch.compiler.is_compiling():
             generator = self._stream.take(x) if self._stream.own else None
@@ -104,9 +108,6 @@ class MaskedLayer(_DropoutNd):
             return masked(x, self._outline, True, inplace=self.inplace, rate=self._scheduled)
         return masked(x, self._law, True, inplace=self.inplace)
 
-    @torch.compiler.disable(  # type: ignore[untyped-decorator]
-        reason="no graph can hold a generator; give the layer seed= instead"
-    )
     def _times_generated(self, x: Tensor) -> Tensor:
         return masked(x, self._law, True, self._stream.take(x), inplace=self.inplace)
 

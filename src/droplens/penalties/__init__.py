@@ -1,7 +1,7 @@
 """What dropout costs, in units of the loss: gap = spread + shift (theory §3.1)."""
 
 from droplens.penalties._curve import PenaltyCurve, penalty_curve
-from droplens.penalties._decompose import Decomposition, Parts, decompose
+from droplens.penalties._decompose import Decomposition, Parts, decompose, pooled_parts
 from droplens.penalties._penalty import FEW_UNITS, Penalty, penalty
 
 __all__ = [
@@ -13,4 +13,5 @@ __all__ = [
     "decompose",
     "penalty",
     "penalty_curve",
+    "pooled_parts",
 ]

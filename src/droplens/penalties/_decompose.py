@@ -1,20 +1,27 @@
 """What dropout costs, by drawing masks: gap = spread + shift, with standard errors."""
 
 import copy
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from droplens.calling import check_inputs, check_outputs, predictions
+from droplens.calling import check_inputs, check_outputs, device_of, predictions
 from droplens.discovery import sites as find_sites
 from droplens.estimates import Estimate, exact, jackknife, mean_estimate
 from droplens.gates import draw_masks, masks_off, masks_replaced
 from droplens.losses import Family
 from droplens.losses import family as family_of
+from droplens.penalties._pooling import Group, merged, pooled, shares, streamed
 from droplens.randomness import private_generator
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+# Outputs under masks that are kept for the jackknife; beyond, the same masks are drawn twice.
+_HELD_NUMBERS = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,7 @@ class Decomposition:
         draws: masks drawn, for each of these rows.
         seed: repeats the draws.
         unmeasured: sites without a law, and why; they were off.
+        divisor: what the loss's mean divides by; None for a sum.
     """
 
     base: Estimate
@@ -49,12 +57,48 @@ class Decomposition:
     draws: int
     seed: int
     unmeasured: Mapping[str, str] = field(default_factory=dict)
+    divisor: float | None = None
+
+    def all_reduce(self, group: "ProcessGroup | None" = None) -> "Decomposition":
+        """The decomposition over the data of all processes, the same on each.
+
+        Every process decomposes on its own part of the data, with its own masks, and calls this.
+
+        Args:
+            group: of torch.distributed; the default group if not given.
+
+        Raises:
+            RuntimeError: if torch.distributed has not been initialised.
+            ValueError: if the processes met different sites, or drew from one seed.
+        """
+        processes = Group(self.divisor, self.by_site, group)
+        if processes.size > 1 and processes.agree(self.seed):
+            raise ValueError(
+                f"all processes drew their masks from seed {self.seed}, so their errors are not "
+                "independent; give each its own seed, or none"
+            )
+        rows: list[Decomposition | Parts] = [self, *self.by_site.values()]
+        found = processes.pooled(
+            [self.base, *(v for row in rows for v in (row.gap, row.spread, row.shift))]
+        )
+        joint, *alone = (Parts(*found[k : k + 3]) for k in range(1, len(found), 3))
+        return Decomposition(
+            found[0],
+            joint.gap,
+            joint.spread,
+            joint.shift,
+            dict(zip(self.by_site, alone, strict=True)),
+            self.draws,
+            self.seed,
+            self.unmeasured,
+            processes.divisor,
+        )
 
 
 def decompose(
     model: nn.Module,
     inputs: Any,
-    targets: Tensor,
+    targets: Tensor | None,
     loss: object,
     draws: int = 200,
     *,
@@ -66,12 +110,14 @@ def decompose(
 
     E_z ℓ(f_z, y) − ℓ(f_1, y) = [E_z A(f_z) − A(f̄)] + [ℓ(f̄, y) − ℓ(f_1, y)], f̄ = E_z f_z. The
     spread from K draws is biased by ½ tr(H Σ_f)/K; the jackknife removes that. The gap is
-    unbiased as it is, and equals spread + shift to rounding.
+    unbiased as it is, and equals spread + shift to rounding. Only sums over the draws are held;
+    where the outputs under all masks take much memory, the same masks are drawn a second time.
 
     Args:
         model: any torch module; its sites' train-mode laws count, whatever mode it is in.
-        inputs: a tensor, a tuple of positional or a mapping of keyword arguments.
-        targets: what the loss compares with.
+        inputs: a tensor, a tuple of positional or a mapping of keyword arguments; or a loader or
+            data set of (inputs, targets), streamed, each batch with masks of its own.
+        targets: what the loss compares with; None for a loader, which brings them.
         loss: a loss object; units and reduction are its own.
         draws: masks to draw, jointly and for each site alone; at least 2.
         sites: names of the sites to list alone; all of them if not given, none if empty.
@@ -90,42 +136,105 @@ def decompose(
     if draws < 2:
         raise ValueError(f"draws has to be at least 2, but got {draws}")
     family = family_of(loss)
-    check_inputs(inputs)
-    found = find_sites(model, inputs)
-    lawful = [site.name for site in found if site.law is not None]
-    # A site at rate zero keeps everything; drawing its masks would only take time.
-    idle = {s.name for s in found if s.law is not None and getattr(s.law, "p", None) == 0}
-    alone = lawful if sites is None else list(sites)
-    for name in alone:
-        if name not in lawful:
-            raise ValueError(f"sites holds {name!r}, which is not a site with a law: {lawful}")
-    with torch.no_grad(), masks_off(model):
-        outputs = predictions(model, inputs)
-    check_outputs(model, outputs)
-    family.check_targets(outputs, targets)
-    device = outputs.device
-    source, used_seed = private_generator(generator, seed, device)
-    scorer = _Scorer(family, loss, outputs, targets)
+    batches = streamed(inputs, targets, model)
+    if batches is None:
+        check_inputs(inputs)
+    source, used_seed = private_generator(generator, seed, device_of(model, inputs))
+    given = _Given(model, family, loss, draws, sites, source)
+    if batches is None:
+        return given.decomposed(inputs, targets, used_seed)
+    return _pooled([given.decomposed(x, y, used_seed) for x, y in batches])
 
-    def measure(names: Collection[str]) -> Parts:
-        if idle.issuperset(names):
-            return Parts(exact(0.0), exact(0.0), exact(0.0))
-        with torch.no_grad(), masks_replaced(model, draw_masks(source, names)):
-            drawn = torch.stack([predictions(model, inputs) for _ in range(draws)])
-        return scorer.parts(drawn)
 
-    joint = measure(lawful)
-    by_site = {name: joint if lawful == [name] else measure((name,)) for name in alone}
+def _pooled(found: Sequence[Decomposition]) -> Decomposition:
+    """Of all batches together; each drew its own masks, so their errors are independent."""
+    weights = shares([part.divisor for part in found])
+    first = found[0]
+    joint = pooled_parts(weights, found)
+    divisors = [part.divisor for part in found if part.divisor is not None]
     return Decomposition(
-        exact(scorer.base),
+        pooled(weights, [part.base for part in found]),
         joint.gap,
         joint.spread,
         joint.shift,
-        by_site,
-        draws,
-        used_seed,
-        {site.name: site.reason or "" for site in found if site.law is None},
+        {
+            name: pooled_parts(weights, [part.by_site[name] for part in found])
+            for name in first.by_site
+        },
+        first.draws,
+        first.seed,
+        merged(part.unmeasured for part in found),
+        sum(divisors) if divisors else None,
     )
+
+
+def pooled_parts(weights: Sequence[float], parts: Sequence[Parts | Decomposition]) -> Parts:
+    """Parts of several batches, each with masks of its own, put together."""
+    return Parts(
+        pooled(weights, [part.gap for part in parts]),
+        pooled(weights, [part.spread for part in parts]),
+        pooled(weights, [part.shift for part in parts]),
+    )
+
+
+@dataclass(frozen=True)
+class _Given:
+    """What is asked of every batch."""
+
+    model: nn.Module
+    family: Family
+    loss: Any
+    draws: int
+    sites: Collection[str] | None
+    source: torch.Generator
+
+    def decomposed(self, inputs: Any, targets: Tensor | None, seed: int) -> Decomposition:
+        """One batch.
+
+        Raises:
+            ValueError: if it has no targets, or a site asked for is not met.
+        """
+        model, family = self.model, self.family
+        if targets is None:
+            raise ValueError("targets has to be given: gap and shift compare with them")
+        found = find_sites(model, inputs)
+        lawful = [site.name for site in found if site.law is not None]
+        # A site at rate zero keeps everything; drawing its masks would only take time.
+        idle = {s.name for s in found if s.law is not None and getattr(s.law, "p", None) == 0}
+        alone = lawful if self.sites is None else list(self.sites)
+        for name in alone:
+            if name not in lawful:
+                raise ValueError(f"sites holds {name!r}, which is not a site with a law: {lawful}")
+        with torch.no_grad(), masks_off(model):
+            outputs = predictions(model, inputs)
+        check_outputs(model, outputs)
+        family.check_targets(outputs, targets)
+        scorer = _Scorer(family, self.loss, outputs, targets)
+
+        def measure(names: Collection[str]) -> Parts:
+            if idle.issuperset(names):
+                return Parts(exact(0.0), exact(0.0), exact(0.0))
+
+            def drawn(look: Callable[[Tensor], None]) -> None:
+                with torch.no_grad(), masks_replaced(model, draw_masks(self.source, names)):
+                    for _ in range(self.draws):
+                        look(predictions(model, inputs))
+
+            return scorer.parts(drawn, self.draws, self.source)
+
+        joint = measure(lawful)
+        by_site = {name: joint if lawful == [name] else measure((name,)) for name in alone}
+        return Decomposition(
+            exact(scorer.base),
+            joint.gap,
+            joint.spread,
+            joint.shift,
+            by_site,
+            self.draws,
+            seed,
+            {site.name: site.reason or "" for site in found if site.law is None},
+            family.divisor(outputs, targets),
+        )
 
 
 class _Scorer:
@@ -135,6 +244,7 @@ class _Scorer:
         # In double: gaps are small differences of large sums. Class weights have to follow.
         self.family, self.loss = family, copy.deepcopy(loss).double()
         self.targets = targets.double() if targets.is_floating_point() else targets
+        self.outputs = outputs
         self.weights = family.weights(outputs, targets).double()  # (n, T)
         self.base = self.loss_at(outputs)
 
@@ -146,18 +256,43 @@ class _Scorer:
         f = self.family.natural(outputs.double())
         return float((self.weights * self.family.log_partition(f)).sum())
 
-    def parts(self, drawn: Tensor) -> Parts:
-        """From outputs under K masks, (K, *outputs)."""
-        draws = drawn.shape[0]
-        centre = drawn.double().mean(0)
-        losses = torch.tensor([self.loss_at(f) for f in drawn], dtype=torch.float64)
-        partitions = torch.tensor([self.partition_at(f) for f in drawn], dtype=torch.float64)
+    def parts(
+        self, drawn: Callable[[Callable[[Tensor], None]], None], draws: int, source: torch.Generator
+    ) -> Parts:
+        """From outputs under masks: `drawn(look)` shows `look` those under K masks of `source`."""
+        start = source.get_state()
+        hold = draws * self.outputs.numel() <= _HELD_NUMBERS
+        held: list[Tensor] = []
+        found: list[tuple[float, float]] = []
+        total = torch.zeros_like(self.outputs, dtype=torch.float64)
+
+        def sum_up(f: Tensor) -> None:
+            nonlocal total
+            total = total + f
+            found.append((self.loss_at(f), self.partition_at(f)))
+            if hold:
+                held.append(f)
+
+        drawn(sum_up)
+        centre = total / draws
         # The linear term −yᵀf cancels between ℓ(f̄) and the mean of ℓ(f_z), so the spread needs
         # A alone, also at the leave-one-out means.
-        left_out = torch.tensor(
-            [self.partition_at((draws * centre - f.double()) / (draws - 1)) for f in drawn],
-            dtype=torch.float64,
-        )
+        without: list[float] = []
+
+        def leave_out(f: Tensor) -> None:
+            without.append(self.partition_at((total - f) / (draws - 1)))
+
+        if hold:
+            for f in held:
+                leave_out(f)
+        else:
+            source.set_state(start)
+            drawn(leave_out)
+        losses, partitions = torch.tensor(found, dtype=torch.float64).unbind(1)
+        return self._parts(losses, partitions, torch.tensor(without, dtype=torch.float64), centre)
+
+    def _parts(self, losses: Tensor, partitions: Tensor, left_out: Tensor, centre: Tensor) -> Parts:
+        draws = len(losses)
         others = (draws * partitions.mean() - partitions) / (draws - 1)
         spread = jackknife(float(partitions.mean()) - self.partition_at(centre), others - left_out)
         gap = mean_estimate(losses - self.base)

@@ -1,20 +1,25 @@
 """The network opened at its gates, and the output noise that masks there would make."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from droplens.calling import check_inputs, check_outputs
+from droplens._memory import keep_freed_memory
+from droplens.batches import n_examples, rows_of
+from droplens.calling import ForwardError, check_inputs, check_outputs
 from droplens.gates import Gate, Opened, open_gates
 from droplens.losses import Family
-from droplens.penalties._layout import check_law_along, covariance_of, example_axis, to_rows
+from droplens.penalties._layout import layouts
+from droplens.penalties._sources import Source, source_of, tensors_of
 from droplens.products import term_jacobian
 
-# Examples looked at to count how many units share a site's noise.
-_COUNTED_EXAMPLES = 64
+# Numbers of Jacobians held at once where no graph is kept: a few of a training step's activations.
+_HELD_NUMBERS = 1 << 22
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -25,22 +30,34 @@ class Network:
         family: of the loss.
         f: natural parameters (n, T, C), with a graph to the gates.
         weights: of the loss's terms, (n, T).
-        gates: open gates whose examples can be told apart.
-        axes: along which axis of each gate the examples lie.
+        sources: the sites' coins, where examples can be told apart.
         unmeasured: the other sites, and why.
+        divisor: what the loss's mean divides by; None for a sum.
     """
 
     family: Family
     f: Tensor
     weights: Tensor
-    gates: tuple[Gate, ...]
-    axes: tuple[int, ...]
+    sources: tuple[Source, ...]
     unmeasured: dict[str, str]
+    divisor: float | None
 
     @property
     def tensors(self) -> list[Tensor]:
-        """The gates to differentiate in."""
-        return [gate.tensor for gate in self.gates]
+        """What to differentiate in."""
+        return [tensor for source in self.sources for tensor in source.tensors]
+
+    def by_source(self, scores: Sequence[T]) -> Iterator[tuple[Source, Sequence[T]]]:
+        """What belongs to `tensors`, handed to the sources they came from.
+
+        Yields:
+            Each source with its own.
+        """
+        start = 0
+        for source in self.sources:
+            end = start + len(source.tensors)
+            yield source, scores[start:end]
+            start = end
 
 
 def open_network(
@@ -49,12 +66,22 @@ def open_network(
     family: Family,
     targets: Tensor | None,
     names: Sequence[str] | None,
+    keep: bool = False,
 ) -> Network:
     """Run `model` once with its gates open; gradients have to be recorded by the caller.
+
+    Args:
+        model: any torch module.
+        inputs: as the model takes them.
+        family: of the loss.
+        targets: only where they weigh examples.
+        names: of the sites to open.
+        keep: whether what comes out will be differentiated again.
 
     Raises:
         ValueError: if the inputs are bad, a name is not met, or its mask mixes examples.
     """
+    keep_freed_memory()
     check_inputs(inputs)
     opened = open_gates(model, inputs, names)
     check_outputs(model, opened.outputs)
@@ -63,10 +90,77 @@ def open_network(
         family.check_targets(opened.outputs, targets)
     f = family.natural(opened.outputs)
     weights = family.weights(opened.outputs, targets)
-    gates, axes, mixing = _laid_out(f, opened.gates)
+    sources, mixing = _sources(f, opened.gates, keep)
     if names is not None and mixing:
         raise ValueError(next(iter(mixing.values())))
-    return Network(family, f, weights, gates, axes, {**opened.unmeasured, **mixing})
+    divisor = family.divisor(opened.outputs.detach(), targets)
+    return Network(family, f, weights, sources, {**opened.unmeasured, **mixing}, divisor)
+
+
+def opened_in_parts(
+    model: nn.Module,
+    inputs: Any,
+    family: Family,
+    targets: Tensor | None,
+    names: Sequence[str] | None,
+    keep: bool,
+    rows_held: int | None = None,
+) -> Iterator[Network]:
+    """The network opened on all examples, or part after part where its Jacobians take much room.
+
+    Examples do not mix, so parts add up; whether they do not is seen from the outputs, which have
+    to be those of the whole. A graph that will be differentiated again is kept whole.
+
+    Args:
+        model: any torch module.
+        inputs: as the model takes them.
+        family: of the loss.
+        targets: only where they weigh examples.
+        names: of the sites to open.
+        keep: whether what comes out will be differentiated again.
+        rows_held: scores of a site at one time; those of all contrasts if not given.
+
+    Yields:
+        One network, or several that share the weights and the divisor of the whole.
+
+    Raises:
+        ValueError: if outputs of examples depend on the examples beside them.
+    """
+    whole = open_network(model, inputs, family, targets, names, keep)
+    held = rows_held or len(family.contrasts(whole.f[:1]))
+    numbers, n = held * sum(t.numel() for t in whole.tensors), len(whole.f)
+    if keep or numbers <= _HELD_NUMBERS or n_examples(inputs) != n:
+        yield whole
+        return
+    f, weights, divisor = whole.f.detach(), whole.weights.detach(), whole.divisor
+    del whole  # its graph, before those of the parts
+    size = max(1, n * _HELD_NUMBERS // numbers)
+    for start in range(0, n, size):
+        rows = slice(start, start + size)
+        own = None if targets is None else targets[rows]
+        try:
+            part = open_network(model, rows_of(inputs, rows), family, own, names)
+        except (ForwardError, ValueError):
+            break  # a forward that knows this many examples only
+        if not _same(part.f, f[rows]):
+            break
+        yield replace(part, weights=weights[rows], divisor=divisor)
+    else:
+        return
+    if start:
+        raise ValueError(
+            "the outputs of some examples change with the examples beside them, so their noise "
+            "cannot be told apart; look for an operation across the batch"
+        )
+    yield open_network(model, inputs, family, targets, names)
+
+
+def _same(part: Tensor, whole: Tensor) -> bool:
+    if part.shape != whole.shape:
+        return False
+    scale = float(whole.abs().max()) if whole.numel() else 0.0
+    slack = 1e3 * torch.finfo(whole.dtype).eps * scale
+    return float((part.detach() - whole).abs().max()) <= slack
 
 
 def _check_names(names: Sequence[str] | None, opened: Opened) -> None:
@@ -83,34 +177,32 @@ def _check_names(names: Sequence[str] | None, opened: Opened) -> None:
             )
 
 
-def _laid_out(
-    f: Tensor, gates: Sequence[Gate]
-) -> tuple[tuple[Gate, ...], tuple[int, ...], dict[str, str]]:
-    """The gates whose examples can be told apart, along which axis, and why the others cannot."""
-    kept, axes, mixing = [], [], {}
-    for gate in gates:
+def _sources(
+    f: Tensor, gates: Sequence[Gate], keep: bool
+) -> tuple[tuple[Source, ...], dict[str, str]]:
+    """The sites whose examples can be told apart, and why the others' cannot."""
+    tensors = [tensors_of(gate) for gate in gates]
+    found = iter(layouts(f, [tensor for some in tensors for tensor in some]))
+    kept, mixing = [], {}
+    for gate, some in zip(gates, tensors, strict=True):
+        own = [next(found) for _ in some]
         try:
-            axis = example_axis(f, gate)
-            check_law_along(gate, axis)
+            kept.append(source_of(gate, own, len(f), keep))
         except ValueError as error:
             mixing[gate.name] = str(error)
-            continue
-        kept.append(gate)
-        axes.append(axis)
-    return tuple(kept), tuple(axes), mixing
+    return tuple(kept), mixing
 
 
 @dataclass(frozen=True)
 class Term:
     """One of the T terms of every example: its natural parameters and the gates' Jacobians.
 
-    `rows` holds, per gate, m tensors (n_rows, *units), examples first; m counts the contrasts of
-    f (n, C).
+    `scores` holds, per tensor of the network, (m, *its shape); m counts the contrasts of f (n, C).
     """
 
     f: Tensor
     weight: Tensor
-    rows: tuple[tuple[Tensor, ...], ...]
+    scores: tuple[Tensor, ...]
 
 
 def terms(network: Network, create_graph: bool) -> Iterator[Term]:
@@ -121,31 +213,7 @@ def terms(network: Network, create_graph: bool) -> Iterator[Term]:
     """
     f = network.f
     contrasts = network.family.contrasts(f)
-    for term in range(f.shape[1] if network.gates else 0):
+    for term in range(f.shape[1] if network.sources else 0):
         scores = term_jacobian(f, term, contrasts, network.tensors, create_graph)
         here = f[:, term] if create_graph else f[:, term].detach()
-        rows = tuple(
-            tuple(to_rows(axis, score) for score in column)
-            for axis, column in zip(network.axes, scores, strict=True)
-        )
-        yield Term(here, network.weights[:, term], rows)
-
-
-def participation(gate: Gate, rows: Sequence[Tensor], n: int) -> float:
-    """How many equal coins would make the site's output noise, averaged over examples.
-
-    (Σt)²/Σt² of t_a = Σ_c j_ca² over an example's coins, examples weighted by their noise. The
-    Gaussian value leans on many small contributions, so a small number is a warning.
-    """
-    per_example = len(rows[0]) // n
-    step = max(1, n // _COUNTED_EXAMPLES) * per_example
-    starts = torch.arange(0, len(rows[0]), step, device=rows[0].device)
-    picked = (starts[:, None] + torch.arange(per_example, device=starts.device)).flatten()
-    scores = torch.stack([row.detach()[picked] for row in rows])
-    folded = covariance_of(gate, scores[0]).fold(scores)  # (m, examples · rows, coins)
-    shares = folded.square().sum(0).reshape(len(starts), -1)
-    whole = shares.sum(1)
-    if not bool((whole > 0).any()):
-        return 0.0
-    counts = whole.square() / shares.square().sum(1).clamp_min(torch.finfo(shares.dtype).tiny)
-    return float((whole * counts).sum() / whole.sum())
+        yield Term(here, network.weights[:, term], scores)

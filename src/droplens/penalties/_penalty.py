@@ -1,24 +1,31 @@
 """What dropout costs without drawing a mask: three evaluations of the spread."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal, final
+from typing import TYPE_CHECKING, Any, Literal, final
 
 import torch
 from torch import Tensor, nn
 
+from droplens.calling import device_of
 from droplens.losses import POINTS, Family
 from droplens.losses import family as family_of
-from droplens.penalties._layout import covariance_of, noise_covariance, quadratics, to_rows
-from droplens.penalties._noise import Network, Term, open_network, participation, terms
+from droplens.penalties._noise import Network, Term, open_network, opened_in_parts, terms
+from droplens.penalties._pooling import Group, by_name, merged, shares, streamed, weighted
 from droplens.products import pull_back
 from droplens.randomness import private_generator
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 Method = Literal["gaussian", "second_order", "sampled"]
 
 # Examples × points × classes evaluated at once: what stays in a core's cache.
 _CACHED_NUMBERS = 1 << 19
+# Rows of scores that a second-order value holds.
+_AT_ONCE = 4
 # Fewer equal coins than this do not make Gaussian noise: 10 strong units erred by up to 70%.
 FEW_UNITS = 12.0
 
@@ -40,6 +47,7 @@ class Penalty:
         seed: repeats the probes; None if none were drawn.
         notes: what a reader of the number should know.
         unmeasured: sites that are not counted (no law, or a mask that mixes examples), and why.
+        divisor: what the loss's mean divides by; None for a sum.
     """
 
     total: Tensor
@@ -52,9 +60,45 @@ class Penalty:
     seed: int | None = None
     notes: tuple[str, ...] = ()
     unmeasured: Mapping[str, str] = field(default_factory=dict)
+    divisor: float | None = None
 
     def __float__(self) -> float:
         return float(self.total.detach())
+
+    def all_reduce(self, group: "ProcessGroup | None" = None) -> "Penalty":
+        """The penalty over the data of all processes, the same on each, without a graph.
+
+        Every process computes its own part and calls this. `per_example` stays that of the
+        process's own examples, weighed as the whole weighs them.
+
+        Args:
+            group: of torch.distributed; the default group if not given.
+
+        Raises:
+            RuntimeError: if torch.distributed has not been initialised.
+            ValueError: if the processes met different sites.
+        """
+        processes = Group(self.divisor, [self.method, *self.by_site], group)
+        share = processes.share
+        mine = [self.total, *self.by_site.values()]
+        counts = list(self.participation)
+        packed = processes.summed(
+            [float(value.detach()) * share for value in mine]
+            + [share * self.participation[name] for name in counts]
+            + [(share * self.standard_error) ** 2, share]
+        )
+        total, *sites = (self.total.new_tensor(value) for value in packed[: len(mine)])
+        return replace(
+            self,
+            total=total.detach(),
+            by_site=dict(zip(self.by_site, sites, strict=True)),
+            per_example=self.per_example.detach() * share,
+            participation={
+                name: packed[len(mine) + k] / packed[-1] for k, name in enumerate(counts)
+            },
+            standard_error=packed[-2] ** 0.5,
+            divisor=processes.divisor,
+        )
 
 
 _ORDER = {
@@ -92,10 +136,12 @@ def penalty(  # noqa: PLR0913  # the last five are keywords with defaults
 
     Args:
         model: any torch module; its sites' train-mode laws count, whatever mode it is in.
-        inputs: a tensor, a tuple of positional or a mapping of keyword arguments.
+        inputs: a tensor, a tuple of positional or a mapping of keyword arguments; or a loader or
+            data set, streamed: no batch and no graph is held, so the result carries no gradient.
         loss: a loss object such as `nn.CrossEntropyLoss()`; units and reduction are its own.
         method: "gaussian", "second_order" or "sampled".
-        targets: needed only where they weigh examples (class weights, an ignore_index).
+        targets: needed only where they weigh examples (class weights, an ignore_index); a loader
+            brings its own.
         sites: names of the sites to count; all of them if not given.
         draws: probes, for "sampled"; one backward pass each. With one, the standard error is an
             upper bound.
@@ -119,32 +165,120 @@ def penalty(  # noqa: PLR0913  # the last five are keywords with defaults
         raise ValueError(f"method has to be one of {known}, but got {method!r}")
     if not draws >= 1:
         raise ValueError(f"draws has to be at least 1, but got {draws}")
-    family = family_of(loss)
-    keep = torch.is_grad_enabled()
-    error, used_seed, counts = 0.0, None, dict[str, float]()
-    by_site: Mapping[str, Tensor]
-    with torch.enable_grad():
-        network = open_network(model, inputs, family, targets, sites)
-        if method == "sampled":
-            source, used_seed = private_generator(generator, seed, network.f.device)
-            by_site, each, error = _sampled(network, draws, source, keep)
-        elif method == "second_order" or family.quadratic:
-            by_site, each = _second_order(network, keep)
-        else:
-            by_site, each, counts = _gaussian(network, keep)
-    if not keep:
-        each = each.detach()
-    return Penalty(
-        each.sum(),
-        by_site,
-        each,
-        method,
-        _EXACT if family.quadratic and method != "sampled" else _ORDER[method],
-        counts,
-        error,
-        used_seed,
-        notes_on(network, counts),
-        network.unmeasured,
+    asked = _Asked(model, family_of(loss), method, sites, draws)
+    source, used_seed = None, None
+    if method == "sampled":
+        source, used_seed = private_generator(generator, seed, device_of(model, inputs))
+    batches = streamed(inputs, targets, model)
+    if batches is None:
+        return asked.priced(inputs, targets, torch.is_grad_enabled(), source, used_seed)
+    found = []
+    for x, y in batches:
+        part = asked.priced(x, y, False, source, used_seed)
+        # Values by site are computed at once, or the noise of every example would be held.
+        found.append(replace(part, by_site=dict(part.by_site)))
+    return _pooled(found)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What is asked of every batch."""
+
+    model: nn.Module
+    family: Family
+    method: Method
+    sites: Sequence[str] | None
+    draws: int
+
+    def priced(
+        self,
+        inputs: Any,
+        targets: Tensor | None,
+        keep: bool,
+        source: torch.Generator | None,
+        seed: int | None,
+    ) -> Penalty:
+        """The penalty of one batch; `keep` its graph."""
+        parts = []
+        with torch.enable_grad():
+            for network in self._opened(inputs, targets, keep):
+                error, counts = 0.0, dict[str, float]()
+                by_site: Mapping[str, Tensor]
+                if source is not None:
+                    by_site, each, error = _sampled(network, self.draws, source, keep)
+                elif self._to_second_order:
+                    by_site, each = _second_order(network, keep)
+                else:
+                    by_site, each, counts = _gaussian(network, keep)
+                parts.append(
+                    Penalty(
+                        each.sum() if keep else each.sum().detach(),
+                        by_site,
+                        each if keep else each.detach(),
+                        self.method,
+                        self._approximation,
+                        counts,
+                        error,
+                        seed,
+                        notes_on(network, counts),
+                        network.unmeasured,
+                        network.divisor,
+                    )
+                )
+        return parts[0] if len(parts) == 1 else _together(parts)
+
+    @property
+    def _to_second_order(self) -> bool:
+        return self.method == "second_order" or self.family.quadratic
+
+    @property
+    def _approximation(self) -> str:
+        exact = self.family.quadratic and self.method != "sampled"
+        return _EXACT if exact else _ORDER[self.method]
+
+    def _opened(self, inputs: Any, targets: Tensor | None, keep: bool) -> Iterator[Network]:
+        given = (self.model, inputs, self.family, targets, self.sites, keep)
+        if self.method == "sampled":
+            return iter([open_network(*given)])
+        # A class at a time: its scores, and what they are multiplied into.
+        return opened_in_parts(*given, _AT_ONCE if self._to_second_order else None)
+
+
+def _together(parts: Sequence[Penalty]) -> Penalty:
+    """Parts of one batch, weighed as the whole weighs them."""
+    counts = [len(part.per_example) for part in parts]
+    counted = [count / sum(counts) for count in counts]
+
+    def alone(name: str) -> Tensor:
+        return torch.stack([part.by_site[name] for part in parts]).sum()
+
+    return replace(
+        parts[0],
+        total=torch.stack([part.total for part in parts]).sum(),
+        by_site=WhenAsked({name: partial(alone, name) for name in parts[0].by_site}),
+        per_example=torch.cat([part.per_example for part in parts]),
+        participation=by_name(counted, [part.participation for part in parts]),
+        notes=tuple(dict.fromkeys(note for part in parts for note in part.notes)),
+    )
+
+
+def _pooled(found: Sequence[Penalty]) -> Penalty:
+    """Of all batches together."""
+    weights = shares([part.divisor for part in found])
+    divisors = [part.divisor for part in found if part.divisor is not None]
+    counted = [w / sum(weights) for w in weights]
+    return replace(
+        found[0],
+        total=weighted(weights, [part.total for part in found]),
+        by_site=by_name(weights, [part.by_site for part in found]),
+        per_example=torch.cat([w * p.per_example for w, p in zip(weights, found, strict=True)]),
+        participation=by_name(counted, [part.participation for part in found]),
+        standard_error=math.hypot(
+            *(w * part.standard_error for w, part in zip(weights, found, strict=True))
+        ),
+        notes=tuple(dict.fromkeys(note for part in found for note in part.notes)),
+        unmeasured=merged(part.unmeasured for part in found),
+        divisor=sum(divisors) if divisors else None,
     )
 
 
@@ -156,7 +290,7 @@ def notes_on(network: Network, counts: Mapping[str, float]) -> tuple[str, ...]:
         for name, count in counts.items()
         if 0 < count < FEW_UNITS
     ]
-    if any(gate.name.split("#")[0].endswith("attention") for gate in network.gates):
+    if any(source.name.split("#")[0].endswith("attention") for source in network.sources):
         notes.append(_MATHS_KERNEL)
     return tuple(notes)
 
@@ -164,7 +298,7 @@ def notes_on(network: Network, counts: Mapping[str, float]) -> tuple[str, ...]:
 def _nothing(network: Network) -> tuple[dict[str, Tensor], Tensor]:
     """Zeros to add to: a scalar by site, and a number per example."""
     f = network.f
-    return {gate.name: f.new_zeros(()) for gate in network.gates}, f.new_zeros(len(f))
+    return {source.name: f.new_zeros(()) for source in network.sources}, f.new_zeros(len(f))
 
 
 def _second_order(network: Network, keep: bool) -> tuple[dict[str, Tensor], Tensor]:
@@ -211,9 +345,9 @@ def _half_quadratics(network: Network, cotangent: Tensor, keep: bool) -> dict[st
     """½ sᵀ C̄ s of every example (n) by site, s the cotangent pulled back to the gates."""
     scores = pull_back(network.f, cotangent, network.tensors, create_graph=keep)
     found = {}
-    for gate, axis, score in zip(network.gates, network.axes, scores, strict=True):
-        value = 0.5 * quadratics(gate, to_rows(axis, score), len(network.f))
-        found[gate.name] = value if keep else value.detach()
+    for source, own in network.by_source(scores):
+        value = 0.5 * source.quadratics(own, len(network.f))
+        found[source.name] = value if keep else value.detach()
     return found
 
 
@@ -247,16 +381,16 @@ def _gaussian(
     family, n = network.family, len(network.f)
     _, total = _nothing(network)
     counts: dict[str, float] = {}
-    found: dict[str, list[tuple[Term, Tensor]]] = {gate.name: [] for gate in network.gates}
+    found: dict[str, list[tuple[Term, Tensor]]] = {source.name: [] for source in network.sources}
     for term in terms(network, create_graph=keep):
         noises = []
-        for gate, rows in zip(network.gates, term.rows, strict=True):
-            noises.append(noise_covariance(covariance_of(gate, rows[0]), rows, n))
-            if gate.name not in counts:
-                counts[gate.name] = participation(gate, rows, n)
-        kept = replace(term, rows=())  # the Jacobians are spent
-        for gate, noise in zip(network.gates, noises, strict=True):
-            found[gate.name].append((kept, noise))
+        for source, scores in network.by_source(term.scores):
+            noises.append(source.noise(scores, n, source.law))
+            if source.name not in counts:
+                counts[source.name] = source.participation(scores, n)
+        kept = replace(term, scores=())  # the Jacobians are spent
+        for source, noise in zip(network.sources, noises, strict=True):
+            found[source.name].append((kept, noise))
         joint = torch.stack(noises).sum(0)
         total = total + term.weight * gaussian_spread(family, term.f, joint)
 

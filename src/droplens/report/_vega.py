@@ -14,6 +14,8 @@ _STYLE: Final[dict[str, Any]] = {
     "background": None,
     "font": FONT,
     "aria": False,
+    # To the right, half a tick's label: on a narrow page the last one reaches past the plot.
+    "padding": {"left": 5, "top": 5, "right": 14, "bottom": 5},
     "view": {"stroke": None},
     "axis": {
         "domainColor": "var(--line-strong)",

@@ -1,0 +1,235 @@
+"""Does the noise of dropout lie along the curvature of the loss? (theory §3.3; P2's sequel)."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from droplens.batches import checked_passes
+from droplens.dynamics._masked import MaskedLoss, check_draws, difference, fresh_masks
+from droplens.estimates import Estimate
+from droplens.gates import masks_off
+from droplens.measure._masks import Applied
+from droplens.measure._operators import LossHessian, Vector
+from droplens.measure._risk import Loss
+from droplens.randomness import private_generator
+
+# Numbers of gradient noise held at once, 128 MB.
+_HELD = 1 << 24
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """Tr(HΣ)/(‖H‖_F ‖Σ‖_F), and what unrelated matrices of these spectra would show.
+
+    Args:
+        value: the alignment, 1 where Σ ∝ H; standard error over masks and probes.
+        null: its mean were the eigenvectors of Σ random (Haar): tr H tr Σ/(d ‖H‖ ‖Σ‖).
+        null_deviation: its standard deviation under that law,
+            √(2/((d − 1)(d + 2))) ‖H₀‖ ‖Σ₀‖/(‖H‖ ‖Σ‖), H₀ and Σ₀ without their traces.
+        trace_product: Tr(HΣ).
+        trace_noise: tr Σ.
+        trace_hessian: tr H.
+        norm_noise: ‖Σ‖_F.
+        norm_hessian: ‖H‖_F.
+        parameters: d.
+        draws: masks drawn, in pairs.
+        seed: repeats masks and probes.
+    """
+
+    value: Estimate
+    null: Estimate
+    null_deviation: float
+    trace_product: float
+    trace_noise: float
+    trace_hessian: float
+    norm_noise: float
+    norm_hessian: float
+    parameters: int
+    draws: int
+    seed: int
+
+    @property
+    def excess(self) -> float:
+        """How many of the null's standard deviations the alignment lies above its mean."""
+        return (self.value.value - self.null.value) / self.null_deviation
+
+
+def noise_alignment(
+    model: nn.Module,
+    inputs: Any,
+    targets: Tensor,
+    loss: Any,
+    draws: int = 128,
+    probes: int = 64,
+    *,
+    generator: torch.Generator | None = None,
+    seed: int | None = None,
+) -> Alignment:
+    """Alignment of the loss's Hessian with the covariance of dropout's gradient noise.
+
+    H is the Hessian of the loss without dropout, Σ = Cov_z ∇R(w, z) on the same batch. Neither is
+    formed: with δ = (∇R(z′) − ∇R(z″))/√2, of mean 0 and covariance Σ, Tr(HΣ) = E δᵀHδ, tr Σ = E‖δ‖²
+    and ‖Σ‖² = E(δ_aᵀδ_b)² for independent δ_a, δ_b; with random signs v, tr H = E vᵀHv and ‖H‖² =
+    E‖Hv‖². The ratio's bias and error come from the jackknife over both. Positive semi-definite
+    matrices align by chance, so a null stands beside it.
+
+    Args:
+        model: any torch module that can be differentiated twice; norm layers are in eval.
+        inputs: a tensor, a tuple of positional or a mapping of keyword arguments: the batch.
+        targets: what the loss compares with.
+        loss: a loss object.
+        draws: masks to draw: an even number of at least 8; two gradients and a product H δ a pair.
+        probes: random vectors for tr H and ‖H‖, at least 4; with as many as there are weights H is
+            formed instead, and its part is exact.
+        generator: where randomness comes from; a private one seeded by the system if not given.
+        seed: in place of a generator.
+
+    Raises:
+        TypeError: if an argument is of the wrong type.
+        ValueError: for too few draws or probes, bad inputs, targets or weights, or if dropout puts
+            no noise on the gradient.
+    """
+    check_draws(draws, 8)
+    if isinstance(probes, bool) or not isinstance(probes, int) or probes < 4:
+        raise ValueError(f"probes has to be a whole number of at least 4, but got {probes!r}")
+    masked = MaskedLoss(model, inputs, targets, loss)
+    if masked.is_idle(masked.lawful):
+        raise ValueError("no site of the model drops anything, so there is no noise to align")
+    source, used_seed = private_generator(generator, seed, masked.device)
+    with torch.enable_grad():
+        with masks_off(model):
+            data = checked_passes((inputs, targets), model)
+            H = LossHessian(model, data, Loss(loss), Applied(1, None))
+        noise = _noise(masked, H, draws // 2, source)
+        with masks_off(model):
+            curvature = _curvature(H, probes, source)
+    if not float(noise.squares.max()) > 0:
+        raise ValueError("dropout puts no noise on the gradient, so there is nothing to align")
+    return _aligned(noise, curvature, H.size, draws, used_seed)
+
+
+@dataclass(frozen=True)
+class _Noise:
+    """Of K draws δ: δᵀHδ (K), ‖δ‖² (K), and (δ_aᵀδ_b)² (K, K), zero where not formed."""
+
+    products: Tensor
+    squares: Tensor
+    crosses: Tensor
+    formed: Tensor
+
+    def moments(self) -> Tensor:
+        """Tr(HΣ), tr Σ and ‖Σ‖²: (3)."""
+        norm = self.crosses.sum() / self.formed.sum()
+        return torch.stack([self.products.mean(), self.squares.mean(), norm])
+
+    def left_out(self) -> Tensor:
+        """The same without each draw: (3, K)."""
+        counts = self.formed.sum() - 2 * self.formed.sum(1)
+        norms = (self.crosses.sum() - 2 * self.crosses.sum(1)) / counts
+        return torch.stack([_left_out(self.products), _left_out(self.squares), norms])
+
+
+@dataclass(frozen=True)
+class _Curvature:
+    """Of M probes: vᵀHv (M) and ‖Hv‖² (M); one of each where they are exact."""
+
+    traces: Tensor
+    squares: Tensor
+
+    def moments(self) -> Tensor:
+        """The trace of H and ‖H‖²: (2)."""
+        return torch.stack([self.traces.mean(), self.squares.mean()])
+
+    def left_out(self) -> Tensor:
+        """The same without each probe: (2, M)."""
+        return torch.stack([_left_out(self.traces), _left_out(self.squares)])
+
+
+def _left_out(values: Tensor) -> Tensor:
+    """The means of all values but one."""
+    return (values.sum() - values) / (len(values) - 1)
+
+
+def _noise(masked: MaskedLoss, H: LossHessian, count: int, source: torch.Generator) -> _Noise:
+    # At least four at once: with pairs alone, leaving a draw out leaves its partner alone.
+    held = max(4, min(count, _HELD // H.size))
+    crosses, formed = torch.zeros(2, count, count, dtype=torch.float64)
+    products, squares = torch.zeros(2, count, dtype=torch.float64)
+    for start in range(0, count, held):
+        stop = min(count, start + held)
+        D = torch.stack([_draw(masked, source) for _ in range(start, stop)], 1)  # (d, held)
+        with masks_off(masked.model):
+            curved = torch.from_numpy(H.products(D.numpy()))
+        products[start:stop] = (D * curved).sum(0)
+        gram = D.mT @ D
+        squares[start:stop] = gram.diagonal()
+        crosses[start:stop, start:stop] = gram.square().fill_diagonal_(0)
+        formed[start:stop, start:stop] = torch.ones_like(gram).fill_diagonal_(0)
+    return _Noise(products, squares, crosses, formed)
+
+
+def _draw(masked: MaskedLoss, source: torch.Generator) -> Tensor:
+    """One δ, flat, float64 on the CPU."""
+    with masked.under(fresh_masks(source, masked.lawful)):
+        delta = difference(masked.gradient()[1], masked.gradient()[1], math.sqrt(0.5))
+    return torch.cat([part.detach().double().flatten().cpu() for part in delta])
+
+
+def _curvature(H: LossHessian, probes: int, source: torch.Generator) -> _Curvature:
+    if probes >= H.size:
+        matrix = torch.from_numpy(H.products(np.eye(H.size)))
+        return _Curvature(matrix.trace()[None], matrix.square().sum()[None])
+    traces, squares = [], []
+    for _ in range(probes):
+        coins = torch.randint(2, (H.size,), generator=source, device=source.device)
+        v: Vector = (2.0 * coins.cpu() - 1).numpy()[:, None]
+        curved = H.products(v)
+        traces.append(float((v * curved).sum()))
+        squares.append(float((curved * curved).sum()))
+    return _Curvature(
+        torch.tensor(traces, dtype=torch.float64), torch.tensor(squares, dtype=torch.float64)
+    )
+
+
+def _aligned(noise: _Noise, curvature: _Curvature, d: int, draws: int, seed: int) -> Alignment:
+    sigma, h = noise.moments(), curvature.moments()
+    whole = _ratios(sigma, h, d)
+    bias, variance = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+    parts = [_ratios(noise.left_out(), h[:, None], d)]
+    if len(curvature.traces) > 1:
+        parts.append(_ratios(sigma[:, None], curvature.left_out(), d))
+    for others in parts:  # masks and probes are independent
+        n = others.shape[1]
+        bias += (n - 1) * (others.mean(1) - whole)
+        variance += (n - 1) / n * (others - others.mean(1, keepdim=True)).square().sum(1)
+    count = len(noise.squares)
+    value, null = (
+        Estimate(float(v), float(e), count, "masks and probes")
+        for v, e in zip(whole - bias, variance.sqrt(), strict=True)
+    )
+    product, trace, square = sigma.tolist()
+    trace_h, square_h = h.tolist()
+    traceless = max(0.0, 1 - trace**2 / (d * square)) * max(0.0, 1 - trace_h**2 / (d * square_h))
+    return Alignment(
+        value,
+        null,
+        math.sqrt(2 / ((d - 1) * (d + 2)) * traceless) if d > 1 else 0.0,
+        product,
+        trace,
+        trace_h,
+        math.sqrt(square),
+        math.sqrt(square_h),
+        d,
+        draws,
+        seed,
+    )
+
+
+def _ratios(sigma: Tensor, h: Tensor, d: int) -> Tensor:
+    """The alignment and its null from (Tr HΣ, tr Σ, ‖Σ‖²) and (tr H, ‖H‖²): (2, …)."""
+    scale = (sigma[2] * h[1]).sqrt()
+    return torch.stack([sigma[0] / scale, sigma[1] * h[0] / (d * scale)])

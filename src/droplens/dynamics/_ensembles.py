@@ -1,0 +1,149 @@
+"""Averages of a network over its masks: geometric, arithmetic, and what scaling makes of them."""
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from droplens.estimates import Estimate, exact, jackknife
+from droplens.losses import Binary, Categorical, Family, Poisson, Squared
+from droplens.measure._risk import Loss
+
+
+@dataclass(frozen=True)
+class Ensembles:
+    """Three predictors made of one network's masks, in units of the loss; errors over masks.
+
+    Args:
+        scaled: the loss of the network without masks, which is what a model in eval mode predicts.
+        geometric: the loss at f̄ = E_z f_z, the geometric mean of the predicted distributions.
+        arithmetic: the loss of their arithmetic mean, which is what MC dropout predicts; None for
+            losses whose mean parameter is not known.
+        geometric_divergence: KL(geometric ‖ scaled), what scaling by 1 − p loses of the geometric
+            ensemble it stands for.
+        arithmetic_divergence: KL(arithmetic ‖ scaled); None as above.
+        gain: `scaled` − `arithmetic`, what MC dropout saves of the loss; None as above.
+    """
+
+    scaled: Estimate
+    geometric: Estimate
+    arithmetic: Estimate | None
+    geometric_divergence: Estimate
+    arithmetic_divergence: Estimate | None
+    gain: Estimate | None
+
+
+class InDouble:
+    """A loss on one batch, in double precision, and the parts of it that need no label."""
+
+    def __init__(self, family: Family, loss: Any, outputs: Tensor, targets: Tensor) -> None:
+        family.check_targets(outputs, targets)
+        own = copy.deepcopy(loss)
+        self._loss = Loss(own.double() if isinstance(own, nn.Module) else own)
+        self.family = family
+        self.targets = targets.double() if targets.is_floating_point() else targets
+        self.weights = family.weights(outputs, targets).double()
+        self.mass = family.normalizer(outputs, targets)
+
+    def loss_at(self, outputs: Tensor) -> float:
+        """The loss."""
+        return float(self._loss.value(outputs.double(), self.targets))
+
+    def partition_at(self, outputs: Tensor) -> float:
+        """Σ w A(f)."""
+        f = self.family.natural(outputs.double())
+        return float((self.weights * self.family.log_partition(f)).sum())
+
+    def divergence(self, of: Tensor, to: Tensor) -> float:
+        """KL(of ‖ to) = Σ w [A(to) − A(of) − ∇A(of)ᵀ(to − of)]."""
+        f, g = self.family.natural(of.double()), self.family.natural(to.double())
+        return float((self.weights * self.family.divergence(f, g - f)).sum())
+
+
+def leave_one_out_means(drawn: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean over draws (K, …), and the means without each of them (K, …)."""
+    draws = len(drawn)
+    centre = drawn.mean(0)
+    return centre, (draws * centre - drawn) / (draws - 1)
+
+
+def arithmetic_means(family: Family, drawn: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Outputs whose prediction is the mean prediction over draws (K, n, …), and without each.
+
+    The mean parameter E_z ∇A(f_z) turned back into an output: for classes the log of the mean
+    probability.
+    """
+    if isinstance(family, Squared):
+        return leave_one_out_means(drawn)
+    if isinstance(family, Poisson):
+        return _log_means(drawn)
+    if isinstance(family, Categorical):
+        return _log_means(torch.log_softmax(drawn, 2))
+    if isinstance(family, Binary):
+        (yes, yes_others), (no, no_others) = (_log_means(F.logsigmoid(s * drawn)) for s in (1, -1))
+        return yes - no, yes_others - no_others
+    return None
+
+
+def _log_means(logs: Tensor) -> tuple[Tensor, Tensor]:
+    """The log of the mean of exp over axis 0, and without each entry, by running sums."""
+    draws = len(logs)
+    nothing = torch.full_like(logs[:1], -torch.inf)
+    before = torch.cat([nothing, torch.logcumsumexp(logs, 0)[:-1]])
+    after = torch.cat([torch.logcumsumexp(logs.flip(0), 0)[:-1].flip(0), nothing])
+    others = torch.logaddexp(before, after)
+    count = torch.tensor(float(draws), dtype=logs.dtype)
+    return torch.logsumexp(logs, 0) - count.log(), others - (count - 1).log()
+
+
+class EnsembleSums:
+    """Adds up, over batches, what the ensembles' estimates are made of."""
+
+    def __init__(self, draws: int) -> None:
+        self.draws = draws
+        self.masses = 0.0
+        self.scaled = 0.0
+        self.known = True
+        # loss and divergence of the geometric, then of the arithmetic ensemble
+        self.whole = torch.zeros(4, dtype=torch.float64)
+        self.others = torch.zeros(4, draws, dtype=torch.float64)
+
+    def add(self, scorer: InDouble, outputs: Tensor, drawn: Tensor) -> None:
+        """Count a batch of outputs without masks (n, …) and under K of them (K, n, …)."""
+        mass = scorer.mass
+        self.masses += mass
+        self.scaled += mass * scorer.loss_at(outputs)
+        double = drawn.double()
+        arithmetic = arithmetic_means(scorer.family, double)
+        self.known = self.known and arithmetic is not None
+        for row, means in enumerate((leave_one_out_means(double), arithmetic)):
+            if means is None:
+                continue
+            centre, others = means
+            for k, f in enumerate((centre, *others)):
+                found = torch.tensor(
+                    [scorer.loss_at(f), scorer.divergence(f, outputs)], dtype=torch.float64
+                )
+                if k == 0:
+                    self.whole[2 * row : 2 * row + 2] += mass * found
+                else:
+                    self.others[2 * row : 2 * row + 2, k - 1] += mass * found
+
+    def estimates(self, summed: bool) -> Ensembles:
+        """With the bias of a finite number of draws removed by the jackknife."""
+        total = 1.0 if summed else self.masses
+        scaled = self.scaled / total
+        rows = [
+            jackknife(float(whole) / total, others / total)
+            for whole, others in zip(self.whole, self.others, strict=True)
+        ]
+        geometric, geometric_divergence, arithmetic, arithmetic_divergence = rows
+        if not self.known:
+            return Ensembles(exact(scaled), geometric, None, geometric_divergence, None, None)
+        gain = Estimate(scaled - arithmetic.value, arithmetic.standard_error, self.draws)
+        return Ensembles(
+            exact(scaled), geometric, arithmetic, geometric_divergence, arithmetic_divergence, gain
+        )

@@ -1,0 +1,128 @@
+"""Values of parts of the data put together: batches of a loader, processes of a group."""
+
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from droplens.batches import Batches, as_batches
+from droplens.estimates import Estimate
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+def streamed(inputs: Any, targets: Tensor | None, model: nn.Module) -> Batches | None:
+    """Batches to stream, where `inputs` is a loader or a data set rather than a model's inputs.
+
+    Raises:
+        ValueError: if `targets` are given beside a loader, which brings its own.
+    """
+    if isinstance(inputs, Tensor | Mapping | list | tuple | str):
+        return None
+    if not isinstance(inputs, Iterable | torch.utils.data.Dataset | Batches):
+        return None
+    if targets is not None:
+        raise ValueError(
+            "targets has to be None where inputs is a loader or a data set: its batches bring them"
+        )
+    return as_batches(inputs, model)
+
+
+def shares(divisors: Sequence[float | None]) -> list[float]:
+    """What each part counts in the whole: by what its mean divides by; 1 for sums (None)."""
+    total = sum(divisor or 0.0 for divisor in divisors)
+    return [1.0 if divisor is None else divisor / total for divisor in divisors]
+
+
+def weighted(weights: Sequence[float], values: Iterable[Any]) -> Any:
+    """Σ w v, of numbers or tensors."""
+    return sum(w * v for w, v in zip(weights, values, strict=True))
+
+
+def by_name(weights: Sequence[float], values: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Σ w v under every name; a part that does not have it adds nothing."""
+    names = dict.fromkeys(name for part in values for name in part)
+    return {
+        name: sum(w * part[name] for w, part in zip(weights, values, strict=True) if name in part)
+        for name in names
+    }
+
+
+def merged(reasons: Iterable[Mapping[str, str]]) -> dict[str, str]:
+    """All reasons, the first of each name."""
+    whole: dict[str, str] = {}
+    for part in reasons:
+        whole = {**part, **whole}
+    return whole
+
+
+def pooled(weights: Sequence[float], values: Sequence[Estimate]) -> Estimate:
+    """Σ w v of independent estimates."""
+    error = sum((w * v.standard_error) ** 2 for w, v in zip(weights, values, strict=True)) ** 0.5
+    value = weighted(weights, [v.value for v in values])
+    return Estimate(value, error, values[0].n, values[0].over)
+
+
+class Group:
+    """The processes of a torch.distributed group, each with a part of the data.
+
+    Args:
+        divisor: what this process's mean divides by; None for sums.
+        names: what the processes hold numbers for; they have to agree.
+        group: None means the default group.
+
+    Raises:
+        RuntimeError: if torch.distributed has not been initialised.
+        ValueError: if the processes hold different names.
+    """
+
+    def __init__(
+        self, divisor: float | None, names: Iterable[str], group: "ProcessGroup | None"
+    ) -> None:
+        from torch import distributed
+
+        if not (distributed.is_available() and distributed.is_initialized()):
+            raise RuntimeError(
+                "all_reduce needs a process group; call torch.distributed.init_process_group first"
+            )
+        self._group = group
+        self.size = distributed.get_world_size(group)
+        nccl = distributed.get_backend(group) == "nccl"
+        self._device = torch.device("cuda" if nccl else "cpu")
+        if not self.agree(zlib.crc32("\n".join(names).encode())):
+            raise ValueError(
+                "the processes met different sites or rates; give all of them the same model and "
+                "the same arguments"
+            )
+        total = self.summed([divisor or 0.0])[0]
+        # What this process counts in the whole.
+        self.share = 1.0 if divisor is None else divisor / total
+        self.divisor = None if divisor is None else total
+
+    def agree(self, number: int) -> bool:
+        """Whether all processes hold the same number."""
+        from torch import distributed
+
+        extremes = torch.tensor([number, -number], dtype=torch.int64, device=self._device)
+        distributed.all_reduce(extremes, op=distributed.ReduceOp.MAX, group=self._group)
+        return int(extremes[0]) == -int(extremes[1])
+
+    def summed(self, values: Sequence[float]) -> list[float]:
+        """The processes' values added up."""
+        from torch import distributed
+
+        found = torch.tensor(list(values), dtype=torch.float64, device=self._device)
+        distributed.all_reduce(found, group=self._group)
+        return [float(value) for value in found.cpu()]
+
+    def pooled(self, values: Sequence[Estimate]) -> list[Estimate]:
+        """Independent estimates of all processes, weighed by their share."""
+        sums = self.summed([self.share * v.value for v in values])
+        squares = self.summed([(self.share * v.standard_error) ** 2 for v in values])
+        return [
+            Estimate(value, square**0.5, v.n, v.over)
+            for value, square, v in zip(sums, squares, values, strict=True)
+        ]

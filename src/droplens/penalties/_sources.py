@@ -1,0 +1,250 @@
+"""What the coins of one site do to the outputs: from gate scores to output noise.
+
+A source names the tensors to differentiate in, and turns the derivatives ("scores") into sᵀC̄s
+and J_h C̄ J_hᵀ of every example. Activations have a gate for each example's units; a weight has
+one for all examples, told apart where the weight is read.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import final
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from droplens.gates import Gate
+from droplens.masks import GroupCovariance, Law, relative_variance
+from droplens.penalties._layout import (
+    Layout,
+    check_law_along,
+    covariance_of,
+    mixes,
+    noise_covariance,
+    quadratics,
+)
+from droplens.reads import Followed, Product, Read
+
+# Examples looked at to count how many units share a site's noise.
+_COUNTED_EXAMPLES = 64
+# Numbers (examples × m × entries of a weight) held at once.
+_CHUNK_NUMBERS = 1 << 22
+
+# Per tensor of a source, m scores of its shape: (m, *shape).
+Scores = Sequence[Tensor]
+
+
+class Source(ABC):
+    """One site's coins: `name`, `law`, and the `tensors` to differentiate in."""
+
+    name: str
+    law: Law
+    tensors: tuple[Tensor, ...]
+
+    @abstractmethod
+    def quadratics(self, scores: Sequence[Tensor], n: int) -> Tensor:
+        """sᵀ C̄ s of every example, (n), for one score of every tensor."""
+
+    @abstractmethod
+    def noise(self, scores: Scores, n: int, law: Law) -> Tensor:
+        """K = J_h C̄ J_hᵀ of every example, (n, m, m), under `law`."""
+
+    @abstractmethod
+    def shares(self, scores: Scores, n: int, picked: Tensor) -> Tensor:
+        """Σ_c j_ca² of every coin of the examples `picked`: (picked, coins)."""
+
+    @abstractmethod
+    def scales(self, scores: Scores) -> bool:
+        """Whether C̄ ∝ λ, so that one K serves every rate."""
+
+    def participation(self, scores: Scores, n: int) -> float:
+        """How many equal coins would make the site's output noise, averaged over examples.
+
+        (Σt)²/Σt² of t_a = Σ_c j_ca² over an example's coins, examples weighted by their noise.
+        The Gaussian value leans on many small contributions, so a small number is a warning.
+        """
+        step = max(1, n // _COUNTED_EXAMPLES)
+        picked = torch.arange(0, n, step, device=scores[0].device)
+        shares = self.shares(scores, n, picked)
+        whole = shares.sum(1)
+        if not bool((whole > 0).any()):
+            return 0.0
+        tiny = torch.finfo(shares.dtype).tiny
+        counts = whole.square() / shares.square().sum(1).clamp_min(tiny)
+        return float((whole * counts).sum() / whole.sum())
+
+
+def tensors_of(gate: Gate) -> list[Tensor]:
+    """What to differentiate in: the gate, or the taps where its weight is read."""
+    return [gate.tensor] if gate.weight is None else [read.tap for read in gate.weight.reads]
+
+
+def source_of(gate: Gate, found: Sequence[Layout | None], n: int, keep: bool) -> Source:
+    """The source behind a gate.
+
+    Args:
+        gate: open, as `open_gates` gives it.
+        found: where the examples lie in each of its tensors.
+        n: how many examples there are.
+        keep: whether the weights that scores are multiplied with keep their graph.
+
+    Raises:
+        ValueError: if the site's examples cannot be told apart.
+    """
+    if gate.weight is not None and gate.weight.unknown is not None:
+        raise ValueError(
+            f"site {gate.name!r} masks a weight that {gate.weight.unknown!r} reads, in which the "
+            "examples cannot be told apart; droplens.decompose draws its masks all the same"
+        )
+    known = []
+    for layout, tensor in zip(found, tensors_of(gate), strict=True):
+        if layout is None:
+            raise ValueError(mixes(gate.name, tuple(tensor.shape), n))
+        known.append(layout)
+    if gate.weight is not None:
+        return Weights(gate, gate.weight, known, keep)
+    check_law_along(gate, known[0])
+    return Units(gate, known[0])
+
+
+@final
+class Units(Source):
+    """Coins on activations."""
+
+    def __init__(self, gate: Gate, layout: Layout) -> None:
+        self.gate, self.layout = gate, layout
+        self.name, self.law, self.tensors = gate.name, gate.law, (gate.tensor,)
+
+    def quadratics(self, scores: Sequence[Tensor], n: int) -> Tensor:
+        """From the scores of the gate."""
+        return quadratics(self.gate, self.layout.rows(scores[0]), n)
+
+    def noise(self, scores: Scores, n: int, law: Law) -> Tensor:
+        """Rows beyond n have coins of their own, so their covariances add up."""
+        rows = self._rows(scores)
+        return noise_covariance(covariance_of(replace(self.gate, law=law), rows[0]), rows, n)
+
+    def shares(self, scores: Scores, n: int, picked: Tensor) -> Tensor:
+        """Of folded scores: a coin may move many units."""
+        found = self.layout.apart(scores[0].detach(), 1)[:, picked]  # (m, examples, rows, *units)
+        folded = covariance_of(self.gate, found[0, 0]).fold(found)
+        return folded.square().sum(0).flatten(1)
+
+    def scales(self, scores: Scores) -> bool:
+        """All laws but those whose C̄ has another shape at every rate."""
+        return isinstance(covariance_of(self.gate, self._rows(scores)[0]), GroupCovariance)
+
+    def _rows(self, scores: Scores) -> Tensor:
+        return self.layout.rows(scores[0], 1)
+
+
+@dataclass(frozen=True, eq=False)
+class _Placed:
+    """A read with its examples in front: h (n, r, *factor)."""
+
+    read: Read
+    layout: Layout
+    factor: Tensor
+    values: Tensor
+
+
+@final
+class Weights(Source):
+    """Coins on the entries of a weight: j_ab = W_ab Σ_t δ_ta h_tb (theory §3.1)."""
+
+    def __init__(self, gate: Gate, weight: Followed, found: Sequence[Layout], keep: bool) -> None:
+        self.name, self.law = gate.name, gate.law
+        self.size = gate.tensor.numel()
+        self.tensors = tuple(read.tap for read in weight.reads)
+        self.reads = [
+            _placed(read, layout, keep) for read, layout in zip(weight.reads, found, strict=True)
+        ]
+
+    def quadratics(self, scores: Sequence[Tensor], n: int) -> Tensor:
+        """One score is a Jacobian of one row."""
+        return self.noise([score.unsqueeze(0) for score in scores], n, self.law)[:, 0, 0]
+
+    def noise(self, scores: Scores, n: int, law: Law) -> Tensor:
+        """Factorised where every example reads the weight once, else summed in chunks."""
+        variance = self._variance(law)
+        deltas = [self._deltas(k, found) for k, found in enumerate(scores)]
+        once = self._read_once(deltas)
+        if once is not None:
+            delta = deltas[0].flatten(2, -2).squeeze(2)  # (n, m, o)
+            return variance * (delta * once.unsqueeze(1)) @ delta.mT
+        parts = [
+            self._remade(rows, [d[rows] for d in deltas])
+            for rows in self._chunks(n, len(scores[0]) if scores else 1)
+        ]
+        return variance * torch.cat(parts)
+
+    def shares(self, scores: Scores, n: int, picked: Tensor) -> Tensor:
+        """Of every entry of the weight."""
+        deltas = [self._deltas(k, found).detach() for k, found in enumerate(scores)]
+        found = []
+        for chunk in self._chunks(len(picked), len(scores[0])):
+            rows = picked[chunk]
+            j = self._scores(rows, [d[rows] for d in deltas]).detach()
+            found.append(j.square().sum(1))
+        return torch.cat(found)
+
+    def scales(self, scores: Scores) -> bool:
+        """Independent coins."""
+        return True
+
+    def _variance(self, law: Law) -> float:
+        try:
+            return relative_variance(law.p)  # type: ignore[attr-defined]  # coins have a rate
+        except ValueError as error:
+            raise ValueError(f"site {self.name!r}: {error}") from error
+
+    def _deltas(self, k: int, scores: Tensor) -> Tensor:
+        """Gradients at read k, (n, m, r, *tap)."""
+        return self.reads[k].layout.apart(scores, 1).transpose(0, 1)
+
+    def _read_once(self, deltas: Sequence[Tensor]) -> Tensor | None:
+        """(W²)(h²), (n, o), where a matrix meets one vector an example: no outer product."""
+        if len(self.reads) != 1 or not isinstance(self.reads[0].read, Product):
+            return None
+        placed, delta = self.reads[0], deltas[0]
+        if delta[0, 0].numel() != delta.shape[-1]:
+            return None
+        h = placed.factor.flatten(1, -2).squeeze(1)
+        squares = placed.values.square()
+        return h.square() @ (squares if placed.read.turned else squares.mT)  # type: ignore[attr-defined]
+
+    def _chunks(self, n: int, m: int) -> Iterator[slice]:
+        size = max(1, _CHUNK_NUMBERS // max(1, m * self.size))
+        return (slice(start, start + size) for start in range(0, n, size))
+
+    def _remade(self, rows: slice, deltas: list[Tensor]) -> Tensor:
+        """Σ_ab j_c j_c' of a chunk; where a graph is kept it is made again on the way back."""
+
+        def gram(*given: Tensor) -> Tensor:
+            j = self._scores(rows, given)
+            return j @ j.mT
+
+        if not any(t.requires_grad for t in (*deltas, *(r.factor for r in self.reads))):
+            return gram(*deltas)
+        made: Tensor = checkpoint(gram, *deltas, use_reentrant=False, preserve_rng_state=False)
+        return made
+
+    def _scores(self, rows: slice | Tensor, deltas: Sequence[Tensor]) -> Tensor:
+        """J of some examples in every entry, (e, m, entries)."""
+        outers = [
+            placed.values * placed.read.outer(delta, placed.factor[rows])
+            for placed, delta in zip(self.reads, deltas, strict=True)
+        ]
+        if len(outers) == 1:
+            return outers[0].flatten(2)
+        whole = outers[0].new_zeros(*outers[0].shape[:2], self.size)
+        for placed, outer in zip(self.reads, outers, strict=True):
+            whole = whole.index_add(2, placed.read.entries().flatten(), outer.flatten(2))
+        return whole
+
+
+def _placed(read: Read, layout: Layout, keep: bool) -> _Placed:
+    factor = read.factor if keep else read.factor.detach()
+    values = read.values if keep else read.values.detach()
+    return _Placed(read, layout, layout.apart(factor), values)

@@ -1,0 +1,155 @@
+"""Gradient noise and its alignment with the Hessian, against sums over all masks."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import droplens as dl
+from droplens.dynamics import noise_alignment
+from tests.reference_dynamics import covariance, dense_hessian, gradients, network, randn
+
+x, labels = randn(2, 2), torch.tensor([0, 1])
+loss = nn.CrossEntropyLoss()
+
+
+def z(estimate, value):
+    return (estimate.value - value) / estimate.standard_error
+
+
+def test_traces_jointly_and_by_site():
+    """One example, two sites: every mask of either site alone and of both."""
+    net = network(sites=2)
+    found = dl.gradient_noise(net, x[:1], labels[:1], loss, 500, seed=0)
+    for only, estimate in [(None, found.trace), *((({n}), e) for n, e in found.by_site.items())]:
+        weights, _, all_gradients = gradients(net, x[:1], labels[:1], loss, only=only)
+        assert abs(z(estimate, covariance(weights, all_gradients).trace())) <= 4
+        if only is None:
+            mean = weights @ all_gradients
+            assert abs(z(found.signal, mean @ mean)) <= 4
+    assert found.parameters == all_gradients.shape[1]
+    assert found.trace.n == 250
+
+
+def test_one_site_alone_is_all_together_and_chosen_sites_are_listed():
+    only = dl.gradient_noise(network(), x, labels, loss, 10, seed=0)
+    assert only.by_site == {"2": only.trace}
+    net = network(sites=2)
+    assert list(dl.gradient_noise(net, x, labels, loss, 4, sites=["5"]).by_site) == ["5"]
+    assert dl.gradient_noise(net, x, labels, loss, 4, sites=[]).by_site == {}
+
+
+def test_examples_draw_their_own_masks():
+    """The batch repeated: Σ of the mean gradient halves."""
+    once = dl.gradient_noise(network(), x, labels, loss, 300, seed=0).trace
+    twice = dl.gradient_noise(network(), x.repeat(2, 1), labels.repeat(2), loss, 300, seed=1).trace
+    error = math.hypot(once.standard_error, 2 * twice.standard_error)
+    assert abs(once.value - 2 * twice.value) <= 4 * error
+
+
+def test_no_dropout_no_noise():
+    for net in (network(p=0.0), nn.Linear(2, 2).double()):
+        found = dl.gradient_noise(net, x, labels, loss, seed=0)
+        assert (found.trace.value, found.trace.standard_error) == (0, 0)
+        assert all(e.value == 0 for e in found.by_site.values())
+        with pytest.raises(ValueError, match="no site of the model drops anything"):
+            noise_alignment(net, x, labels, loss)
+
+
+def test_sites_without_a_law_are_named():
+    net = nn.Sequential(nn.Linear(2, 3), nn.AlphaDropout(0.5), nn.Dropout(0.5), nn.Linear(3, 2))
+    found = dl.gradient_noise(net.double(), x, labels, loss, 4)
+    assert "alpha" in found.unmeasured["1"]
+    with pytest.raises(ValueError, match="sites holds '1', which is not a site with a law"):
+        dl.gradient_noise(net, x, labels, loss, 4, sites=["1"])
+
+
+def aligned_truth(net):
+    H = dense_hessian(net, x, labels, loss).detach()
+    weights, _, found = gradients(net, x, labels, loss)
+    S = covariance(weights, found).detach()
+    d = len(H)
+    scale = float(H.norm() * S.norm())
+    return H, S, float((H * S).sum()) / scale, float(H.trace() * S.trace()) / (d * scale)
+
+
+@pytest.mark.parametrize("probes", [1000, 15], ids=["H formed", "H probed"])
+def test_alignment_against_dense_matrices(probes):
+    net = network()
+    H, S, value, null = aligned_truth(net)
+    found = noise_alignment(net, x, labels, loss, 300, probes, seed=0)
+    assert abs(z(found.value, value)) <= 4
+    assert abs(z(found.null, null)) <= 4
+    assert found.parameters == len(H) == 17
+    assert found.norm_noise == pytest.approx(float(S.norm()), rel=0.25)
+    if probes == 1000:
+        assert found.trace_hessian == pytest.approx(float(H.trace()), rel=1e-10)
+        assert found.norm_hessian == pytest.approx(float(H.norm()), rel=1e-10)
+
+
+def test_the_null_is_that_of_random_eigenvectors():
+    """Mean and deviation of Tr(H QΣQᵀ) over 2,000 Haar rotations, against the closed forms."""
+    H, S, _, null = aligned_truth(network())
+    d, scale = len(H), H.norm() * S.norm()
+    source = torch.Generator().manual_seed(0)
+    found = []
+    for _ in range(2000):
+        Q, R = torch.linalg.qr(torch.randn(d, d, generator=source, dtype=torch.float64))
+        Q = Q * R.diagonal().sign()
+        found.append(float((H * (Q @ S @ Q.mT)).sum() / scale))
+    found = torch.tensor(found, dtype=torch.float64)
+    deviation = noise_alignment(network(), x, labels, loss, 300, 1000, seed=0).null_deviation
+    assert abs(float(found.mean()) - null) <= 4 * float(found.std()) / 2000**0.5
+    assert float(found.std()) == pytest.approx(deviation, rel=0.12)
+
+
+def test_blocks_give_what_one_block_gives(monkeypatch):
+    """Noise held in small blocks forms fewer pairs, and is unbiased all the same."""
+    _, _, value, _ = aligned_truth(network())
+    monkeypatch.setattr("droplens.dynamics._alignment._HELD", 17 * 10)
+    found = noise_alignment(network(), x, labels, loss, 300, 1000, seed=0)
+    assert abs(z(found.value, value)) <= 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"draws": 4}, "even number of at least 8"),
+        ({"probes": 2}, "probes has to be a whole number of at least 4"),
+        ({"probes": 8.5}, "probes has to be a whole number of at least 4, but got 8.5"),
+    ],
+    ids=str,
+)
+def test_bad_arguments_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        noise_alignment(network(), x, labels, loss, **arguments)
+
+
+@pytest.mark.slow
+def test_intervals_cover_the_truth_at_their_level():
+    """1,000 repeats: each 95% interval holds the enumerated truth in 93–97%."""
+    net = network()
+    weights, _, found = gradients(net, x, labels, loss)
+    trace = float(covariance(weights, found).trace())
+    mean = weights @ found
+    held = dict.fromkeys(("trace", "signal"), 0)
+    for seed in range(1000):
+        result = dl.gradient_noise(net, x, labels, loss, 100, seed=seed)
+        for name, value in (("trace", trace), ("signal", float(mean @ mean))):
+            low, high = getattr(result, name).interval()
+            held[name] += low <= value <= high
+    assert all(930 <= count <= 970 for count in held.values()), held
+
+
+@pytest.mark.slow
+def test_the_alignments_interval_covers_the_truth_at_its_level():
+    net = network()
+    _, _, value, null = aligned_truth(net)
+    held = dict.fromkeys(("value", "null"), 0)
+    for seed in range(1000):
+        result = noise_alignment(net, x, labels, loss, 200, 1000, seed=seed)
+        for name, true in (("value", value), ("null", null)):
+            low, high = getattr(result, name).interval()
+            held[name] += low <= true <= high
+    assert all(930 <= count <= 970 for count in held.values()), held
