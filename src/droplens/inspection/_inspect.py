@@ -16,7 +16,6 @@ from droplens.inspection._extra import Subject
 from droplens.inspection._extras import checked_names, measured_on_request, offers
 from droplens.inspection._flatness import outputs_of, scaled_loss
 from droplens.inspection._measures import OFFERED, measures_of
-from droplens.inspection._readers import readers
 from droplens.inspection._sizes import Sizes, sizes_of, targets_of
 from droplens.inspection._verdicts import MOST_SITES, cost_verdicts, equalisation_verdicts
 from droplens.losses import HessianOnlyError, Squared
@@ -30,6 +29,7 @@ from droplens.measure import (
     Spectrum,
     equalization,
 )
+from droplens.measure._readers import readers
 from droplens.randomness import private_generator
 from droplens.verdicts import Verdict
 
