@@ -24,12 +24,14 @@ from droplens.penalties._layout import (
     noise_covariance,
     quadratics,
 )
-from droplens.reads import Followed, Product, Read
+from droplens.reads import Convolution, Followed, Product, Read
 
 # Examples looked at to count how many units share a site's noise.
 _COUNTED_EXAMPLES = 32
 # Numbers (examples × m × entries of a weight) held at once.
 _CHUNK_NUMBERS = 1 << 19
+# Numbers of a convolution's patches kept for all backward passes.
+_LAID_OUT_NUMBERS = 1 << 22
 
 # Per tensor of a source, m scores of its shape: (m, *shape).
 Scores = Sequence[Tensor]
@@ -151,6 +153,13 @@ class _Placed:
     layout: Layout
     factor: Tensor
     values: Tensor
+    laid_out: Tensor | None  # h as outer products take it, where it takes little room
+
+    def outer(self, delta: Tensor, rows: slice | Tensor) -> Tensor:
+        """W ∘ Σ_t δ_t ⊗ h_t of some examples."""
+        known = self.laid_out
+        h = self.read.laid_out(self.factor[rows]) if known is None else known[rows]
+        return self.values * self.read.outer(delta, h)
 
 
 @final
@@ -244,8 +253,7 @@ class Weights(Source):
     def _scores(self, rows: slice | Tensor, deltas: Sequence[Tensor]) -> Tensor:
         """J of some examples in every entry, (e, m, entries)."""
         outers = [
-            placed.values * placed.read.outer(delta, placed.factor[rows])
-            for placed, delta in zip(self.reads, deltas, strict=True)
+            placed.outer(delta, rows) for placed, delta in zip(self.reads, deltas, strict=True)
         ]
         if len(outers) == 1:
             return outers[0].flatten(2)
@@ -258,4 +266,10 @@ class Weights(Source):
 def _placed(read: Read, layout: Layout, keep: bool) -> _Placed:
     factor = read.factor if keep else read.factor.detach()
     values = read.values if keep else read.values.detach()
-    return _Placed(read, layout, layout.apart(factor), values)
+    factor = layout.apart(factor)
+    # A kernel's patches hold an input as often as the kernel has places; a graph holds them too.
+    patches = isinstance(read, Convolution) and not keep
+    laid_out = None
+    if patches and factor.numel() * values[0, 0].numel() <= _LAID_OUT_NUMBERS:
+        laid_out = read.laid_out(factor)
+    return _Placed(read, layout, factor, values, laid_out)
