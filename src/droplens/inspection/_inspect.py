@@ -26,6 +26,7 @@ from droplens.measure import (
     Fisher,
     Flatness,
     Hessian,
+    Sharpness,
     Spectrum,
     equalization,
 )
@@ -57,6 +58,8 @@ class Inspection:
         fisher: trace and diagonal of the Fisher information.
         hessian: trace and largest eigenvalues of the loss's Hessian.
         flatness: loss along random filter-normalised directions.
+        expected_flatness: the same for the loss averaged over masks; None if nothing is dropped.
+        sharpness: mean increase of the loss under noise on the weights, raw and scale-free.
         extras: the measures asked for by name.
         verdicts: plain sentences with their rules.
         not_measured: what is missing, and why.
@@ -78,6 +81,8 @@ class Inspection:
     fisher: Fisher | None
     hessian: Hessian | None
     flatness: Flatness | None
+    expected_flatness: Flatness | None
+    sharpness: Sharpness | None
     extras: Mapping[str, Any]
     verdicts: tuple[Verdict, ...]
     not_measured: Mapping[str, str]
@@ -217,6 +222,8 @@ def inspect(  # noqa: PLR0913  # the last six are keywords with defaults
         left.fisher,
         left.hessian,
         left.flatness,
+        left.expected_flatness,
+        left.sharpness,
         extras,
         tuple(verdicts),
         not_measured | OFFERED | offers(asked),
