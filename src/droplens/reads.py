@@ -37,6 +37,15 @@ class Read(ABC):
     entries: Callable[[], Tensor]
     tap: Tensor
     factor: Tensor
+    _version: int = field(init=False, default=0)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_version", self.factor._version)
+
+    @property
+    def overwritten(self) -> bool:
+        """Whether the factor has been written into since it was read."""
+        return self._version != self.factor._version
 
     @abstractmethod
     def outer(self, delta: Tensor, factor: Tensor) -> Tensor:
@@ -55,9 +64,11 @@ class Product(Read):
 
     def outer(self, delta: Tensor, factor: Tensor) -> Tensor:
         """Sums over rows and all axes but the vectors'."""
-        d = delta.flatten(2, -2)  # (e, m, t, o)
-        h = factor.flatten(1, -2).unsqueeze(1)  # (e, 1, t, i)
-        return h.mT @ d if self.turned else d.mT @ h
+        d = delta.flatten(2, -2).mT  # (e, m, o, t)
+        h = factor.flatten(1, -2)  # (e, t, i)
+        # The m sets side by side: one product an example, h not copied for each.
+        outer: Tensor = (d.flatten(1, 2) @ h).unflatten(1, d.shape[1:3])
+        return outer.mT if self.turned else outer
 
 
 @final
@@ -78,14 +89,17 @@ class Convolution(Read):
             zip(kernel, self.stride, self.dilation, strict=True), start=3
         ):
             h = h.unfold(axis, gap * (size - 1) + 1, step)[..., ::gap]
-        # h (e, r, i, *L, *k) -> (e, 1, g, r·L, i/g·k), δ (e, m, r, o, *L) -> (e, m, g, o/g, r·L)
+        # h (e, r, i, *L, *k) -> (e, g, r·L, i/g·k), δ (e, m, r, o, *L) -> (e, g, m·o/g, r·L)
         h = h.unflatten(2, (self.groups, -1)).movedim(2, 1)  # (e, g, r, i/g, *L, *k)
         h = h.movedim(3, 3 + len(kernel))
         places = math.prod(h.shape[2 : 3 + len(kernel)])
-        h = h.reshape(len(h), 1, self.groups, places, -1)
-        d = delta.unflatten(3, (self.groups, -1)).movedim(2, 4).flatten(4)
-        outer: Tensor = (d @ h).reshape(*delta.shape[:2], *self.values.shape)
-        return outer
+        h = h.reshape(len(h), self.groups, places, -1)
+        d = delta.unflatten(3, (self.groups, -1)).movedim(3, 1).movedim(3, 4)
+        sets, outputs = d.shape[2:4]  # (e, g, m, o/g, r, *L)
+        outer = d.reshape(len(h), self.groups, sets * outputs, places) @ h
+        outer = outer.unflatten(2, (sets, outputs)).movedim(2, 1)
+        found: Tensor = outer.reshape(*delta.shape[:2], *self.values.shape)
+        return found
 
 
 @final

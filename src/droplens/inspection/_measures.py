@@ -10,7 +10,7 @@ from torch import nn
 from droplens.batches import Batches
 from droplens.inspection._attempt import attempt
 from droplens.inspection._sizes import MOST_COVER, MOST_EXACT, MOST_WEIGHTS, Sizes
-from droplens.layers import weight_matrix, weighted_layers
+from droplens.layers import parameter_of, weight_matrix, weighted_layers
 from droplens.measure import (
     Condensation,
     Fisher,
@@ -154,7 +154,7 @@ def _condensations(model: nn.Module, not_measured: dict[str, str]) -> dict[str, 
 def _other_weights(model: nn.Module) -> dict[str, str]:
     """Weight matrices that belong to no layer of a known kind."""
     # A tensor of two names (tied embeddings) is listed where a layer owns it.
-    known = {id(layer.get_parameter("weight")) for layer in weighted_layers(model).values()}
+    known = {id(parameter_of(layer, "weight")) for layer in weighted_layers(model).values()}
     names, kinds = [], set()
     for path, module in model.named_modules():
         for local, parameter in module.named_parameters(recurse=False):
