@@ -16,7 +16,6 @@ from droplens.inspection._extra import Subject
 from droplens.inspection._extras import checked_names, measured_on_request, offers
 from droplens.inspection._flatness import outputs_of, scaled_loss
 from droplens.inspection._measures import OFFERED, measures_of
-from droplens.inspection._readers import readers
 from droplens.inspection._sizes import Sizes, sizes_of, targets_of
 from droplens.inspection._training import gap_verdicts
 from droplens.inspection._verdicts import MOST_SITES, cost_verdicts, equalisation_verdicts
@@ -28,9 +27,11 @@ from droplens.measure import (
     Fisher,
     Flatness,
     Hessian,
+    Sharpness,
     Spectrum,
     equalization,
 )
+from droplens.measure._readers import readers
 from droplens.randomness import private_generator
 from droplens.verdicts import Verdict
 
@@ -58,6 +59,8 @@ class Inspection:
         fisher: trace and diagonal of the Fisher information.
         hessian: trace and largest eigenvalues of the loss's Hessian.
         flatness: loss along random filter-normalised directions.
+        expected_flatness: the same for the loss averaged over masks; None if nothing is dropped.
+        sharpness: mean increase of the loss under noise on the weights, raw and scale-free.
         extras: the measures asked for by name.
         verdicts: plain sentences with their rules.
         not_measured: what is missing, and why.
@@ -79,6 +82,8 @@ class Inspection:
     fisher: Fisher | None
     hessian: Hessian | None
     flatness: Flatness | None
+    expected_flatness: Flatness | None
+    sharpness: Sharpness | None
     extras: Mapping[str, Any]
     verdicts: tuple[Verdict, ...]
     not_measured: Mapping[str, str]
@@ -176,15 +181,16 @@ def inspect(  # noqa: PLR0913  # the last seven are keywords with defaults
     not_measured = {f"site {s.name}": s.reason or "" for s in found if s.law is None}
 
     tell(0.05, "Drawing masks")
+    unpriced = _unpriceable(found)
     cost = None
-    if any(site.law is not None for site in found):
+    if unpriced is None:
         try:
             cost = cost_of(model, batches, loss, draws, source, used_seed, sizes)
             not_measured |= _unpriced(cost, sizes)
         except HessianOnlyError as error:
-            not_measured["cost of dropout"] = str(error)
-    else:
-        not_measured["cost of dropout"] = "the forward pass meets no dropout whose law is known"
+            unpriced = str(error)
+    if unpriced is not None:
+        not_measured["cost of dropout"] = unpriced
 
     tell(0.5, "Weighing the units")
     behind, missing = readers(model, batches)
@@ -223,6 +229,8 @@ def inspect(  # noqa: PLR0913  # the last seven are keywords with defaults
         left.fisher,
         left.hessian,
         left.flatness,
+        left.expected_flatness,
+        left.sharpness,
         extras,
         tuple(verdicts),
         not_measured | OFFERED | offers(asked),
@@ -260,6 +268,20 @@ def _unweighed(missing: Mapping[str, str]) -> dict[str, str]:
         f"equalisation at {len(names)} sites": f"{why}: {', '.join(names)}"
         for why, names in by_reason.items()
     }
+
+
+def _unpriceable(sites: Sequence[Site]) -> str | None:
+    """Why no cost can be told from these sites; None if it can."""
+    lawful = [site for site in sites if site.law is not None]
+    if not lawful:
+        return "the forward pass meets no dropout whose law is known"
+    closed = [repr(site.name) for site in lawful if getattr(site.law, "p", None) == 1]
+    if closed:
+        return (
+            f"p = 1 at {', '.join(closed)}: every unit is dropped, so no penalty exists to hold "
+            "against the masks (it divides by 1 - p); droplens.decompose draws them all the same"
+        )
+    return None
 
 
 def _unpriced(cost: Cost, sizes: Sizes) -> dict[str, str]:
