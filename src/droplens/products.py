@@ -1,6 +1,7 @@
 """Products with the network's derivatives, written once: the C backward passes."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,10 +66,39 @@ def differentiable_gradient(value: Tensor, parameters: Sequence[Tensor]) -> tupl
 
     Building it once and differentiating it again for each vector costs less than two gradients a
     product. Parameters on which `value` does not depend get zeros.
+
+    Raises:
+        RuntimeError: if an operation on the way cannot be differentiated twice.
     """
-    return torch.autograd.grad(
+    gradient = torch.autograd.grad(
         value, parameters, create_graph=True, allow_unused=True, materialize_grads=True
     )
+    _refuse_dead_ends(gradient)
+    return gradient
+
+
+def _refuse_dead_ends(gradient: Sequence[Tensor]) -> None:
+    """Look for nodes that torch puts where `once_differentiable` cuts the graph.
+
+    torch.autograd.grad never meets them, because nothing lies behind: the second derivative would
+    silently lack what goes through them.
+
+    Raises:
+        RuntimeError: if there is one.
+    """
+    seen: set[Any] = set()
+    stack = [g.grad_fn for g in gradient if g.grad_fn is not None]
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node.name() == "torch::autograd::Error":
+            raise RuntimeError(
+                "an operation of the network has no second derivative: its backward is marked "
+                "once_differentiable"
+            )
+        stack += [following for following, _ in node.next_functions if following is not None]
 
 
 def hessian_product(
@@ -111,6 +141,7 @@ class GaussNewtonGraph:
         self._pulled = torch.autograd.grad(
             f, parameters, self._u, create_graph=True, allow_unused=True, materialize_grads=True
         )
+        _refuse_dead_ends(self._pulled)
 
     def push(self, vector: Sequence[Tensor]) -> Tensor:
         """J v, of f's shape; `vector` holds a tensor for each parameter."""

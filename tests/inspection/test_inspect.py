@@ -103,6 +103,18 @@ def test_a_seed_repeats_and_fresh_calls_differ():
     assert fresh.cost.gap != first.cost.gap
 
 
+def test_a_site_that_drops_everything_is_named_and_the_rest_measured(tmp_path):
+    net = network()
+    net[2].p = 1.0
+    found = quick(net, data())
+    assert found.cost is None
+    assert "p = 1 at '2': every unit is dropped" in found.not_measured["cost of dropout"]
+    assert set(found.equalization) == {"2", "5"}
+    found.to_html(tmp_path / "page.html")
+    beside = dl.compare({"closed": net, "open": network(seed=1)}, data(), loss, draws=20, seed=0)
+    assert any("p = 1 at '2'" in why for why in beside.not_measured.values())
+
+
 def test_a_model_without_dropout_still_has_a_page_that_says_so(tmp_path):
     net = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3))
     found = quick(net, data())

@@ -22,8 +22,8 @@ def test_comes_out_as_expected(claim):
 def twins():
     for claim in papers.claims():
         for place, broken in enumerate(claim.broken):
-            # One twin of every claim in the fast suite, the others in the slow one.
-            marks = pytest.mark.slow if place else ()
+            # One twin of every claim in the fast suite, the others, and deep networks, in the slow.
+            marks = pytest.mark.slow if place or claim.id.startswith("P4.deep") else ()
             yield pytest.param(claim, broken, marks=marks, id=f"{claim.id}-{broken}")
 
 

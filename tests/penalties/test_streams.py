@@ -134,7 +134,7 @@ for name, loss in LOSSES.items():
     ]
 wrong = [
     (dl.penalty(net, x[mine], loss, sites=["25"[rank]]), "the processes met different sites"),
-    (dl.decompose(net, x[mine], labels[mine], loss, 2, seed=5), "drew their masks from seed 5"),
+    (dl.decompose(net, x[mine], labels[mine], loss, 2, seed=5), "drew from seed 5"),
 ]
 for bad, message in wrong:
     try:

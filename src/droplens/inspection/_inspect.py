@@ -172,15 +172,16 @@ def inspect(  # noqa: PLR0913  # the last six are keywords with defaults
     not_measured = {f"site {s.name}": s.reason or "" for s in found if s.law is None}
 
     tell(0.05, "Drawing masks")
+    unpriced = _unpriceable(found)
     cost = None
-    if any(site.law is not None for site in found):
+    if unpriced is None:
         try:
             cost = cost_of(model, batches, loss, draws, source, used_seed, sizes)
             not_measured |= _unpriced(cost, sizes)
         except HessianOnlyError as error:
-            not_measured["cost of dropout"] = str(error)
-    else:
-        not_measured["cost of dropout"] = "the forward pass meets no dropout whose law is known"
+            unpriced = str(error)
+    if unpriced is not None:
+        not_measured["cost of dropout"] = unpriced
 
     tell(0.5, "Weighing the units")
     behind, missing = readers(model, batches)
@@ -253,6 +254,20 @@ def _unweighed(missing: Mapping[str, str]) -> dict[str, str]:
         f"equalisation at {len(names)} sites": f"{why}: {', '.join(names)}"
         for why, names in by_reason.items()
     }
+
+
+def _unpriceable(sites: Sequence[Site]) -> str | None:
+    """Why no cost can be told from these sites; None if it can."""
+    lawful = [site for site in sites if site.law is not None]
+    if not lawful:
+        return "the forward pass meets no dropout whose law is known"
+    closed = [repr(site.name) for site in lawful if getattr(site.law, "p", None) == 1]
+    if closed:
+        return (
+            f"p = 1 at {', '.join(closed)}: every unit is dropped, so no penalty exists to hold "
+            "against the masks (it divides by 1 - p); droplens.decompose draws them all the same"
+        )
+    return None
 
 
 def _unpriced(cost: Cost, sizes: Sizes) -> dict[str, str]:

@@ -27,7 +27,7 @@ from droplens.penalties._layout import (
 from droplens.reads import Followed, Product, Read
 
 # Examples looked at to count how many units share a site's noise.
-_COUNTED_EXAMPLES = 64
+_COUNTED_EXAMPLES = 32
 # Numbers (examples × m × entries of a weight) held at once.
 _CHUNK_NUMBERS = 1 << 22
 
