@@ -1,6 +1,7 @@
 """Products with the network's derivatives, written once: the C backward passes."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,16 +13,29 @@ def pull_back(
     """Jᵀ·cotangent: one backward pass from f (n, T, C) to each of `tensors`, of their shapes.
 
     Tensors on which f does not depend get zeros. The graph is kept for the next pass.
+
+    Raises:
+        ValueError: if the model has written into a tensor that its derivatives need.
+        RuntimeError: whatever else autograd raises.
     """
-    return torch.autograd.grad(
-        f,
-        tensors,
-        cotangent,
-        retain_graph=True,
-        create_graph=create_graph,
-        allow_unused=True,
-        materialize_grads=True,
-    )
+    try:
+        return torch.autograd.grad(
+            f,
+            tensors,
+            cotangent,
+            retain_graph=True,
+            create_graph=create_graph,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+    except RuntimeError as error:
+        if "inplace operation" not in str(error):
+            raise
+        raise ValueError(
+            "the model writes into a tensor that its derivatives need, such as the input of a "
+            "dropout after it was read; replace the in-place operation (x.add_(1), x += 1) by "
+            "one that makes a new tensor (x = x + 1)"
+        ) from error
 
 
 def term_jacobian(
@@ -65,10 +79,39 @@ def differentiable_gradient(value: Tensor, parameters: Sequence[Tensor]) -> tupl
 
     Building it once and differentiating it again for each vector costs less than two gradients a
     product. Parameters on which `value` does not depend get zeros.
+
+    Raises:
+        RuntimeError: if an operation on the way cannot be differentiated twice.
     """
-    return torch.autograd.grad(
+    gradient = torch.autograd.grad(
         value, parameters, create_graph=True, allow_unused=True, materialize_grads=True
     )
+    _refuse_dead_ends(gradient)
+    return gradient
+
+
+def _refuse_dead_ends(gradient: Sequence[Tensor]) -> None:
+    """Look for nodes that torch puts where `once_differentiable` cuts the graph.
+
+    torch.autograd.grad never meets them, because nothing lies behind: the second derivative would
+    silently lack what goes through them.
+
+    Raises:
+        RuntimeError: if there is one.
+    """
+    seen: set[Any] = set()
+    stack = [g.grad_fn for g in gradient if g.grad_fn is not None]
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node.name() == "torch::autograd::Error":
+            raise RuntimeError(
+                "an operation of the network has no second derivative: its backward is marked "
+                "once_differentiable"
+            )
+        stack += [following for following, _ in node.next_functions if following is not None]
 
 
 def hessian_product(
@@ -111,6 +154,7 @@ class GaussNewtonGraph:
         self._pulled = torch.autograd.grad(
             f, parameters, self._u, create_graph=True, allow_unused=True, materialize_grads=True
         )
+        _refuse_dead_ends(self._pulled)
 
     def push(self, vector: Sequence[Tensor]) -> Tensor:
         """J v, of f's shape; `vector` holds a tensor for each parameter."""

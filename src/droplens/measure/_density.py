@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -29,8 +29,6 @@ from droplens.randomness import private_generator
 Matrix = Literal["hessian", "fisher"]
 
 _POINTS = 201
-# An eigenvalue counts as negative below minus this share of the largest; nearer it is rounding.
-_ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
@@ -57,10 +55,6 @@ class Quadrature:
         values = [float(weights @ f(nodes)) for nodes, weights in pairs]
         return exact(values[0], self.over) if self.exactly else mean_estimate(values, self.over)
 
-    def largest(self) -> float:
-        """The eigenvalue of largest size that was met."""
-        return max(float(nodes.abs().max()) for nodes in self.nodes)
-
 
 @dataclass(frozen=True)
 class SpectralDensity:
@@ -72,7 +66,7 @@ class SpectralDensity:
             masks); `.interval()` of an entry is the band. It integrates to 1.
         width: standard deviation of the normal bump that stands for an eigenvalue.
         trace: Σ λ.
-        negative: the share of the eigenvalues below zero (by more than rounding).
+        negative: Σ of the negative eigenvalues, part of the trace.
         quadrature: nodes and weights, from which any tr f(M) can be had.
         matrix: "hessian" or "fisher".
         masks: "off", "fixed" or "expected", as for `flatness`.
@@ -85,7 +79,7 @@ class SpectralDensity:
     width: float
     trace: Estimate
     negative: Estimate
-    quadrature: Quadrature
+    quadrature: Quadrature = field(repr=False)
     matrix: Matrix
     masks: Masks
     draws: int
@@ -147,13 +141,12 @@ def spectral_density(  # noqa: PLR0913  # all but three have defaults
     low, high = extent(found)
     bump = width or 0.02 * (high - low)
     grid = torch.linspace(low - 4 * bump, high + 4 * bump, _POINTS, dtype=torch.float64)
-    threshold = -_ROUNDING * found.largest()
     return SpectralDensity(
         grid,
         tuple(found.mean(partial(_bump, at=float(at), width=bump)) for at in grid),
         bump,
         times(found.mean(lambda nodes: nodes), M.size),
-        found.mean(lambda nodes: (nodes < threshold).double()),
+        times(found.mean(lambda nodes: nodes.clamp_max(0)), M.size),
         found,
         matrix,
         masks,

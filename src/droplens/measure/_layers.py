@@ -40,7 +40,7 @@ LAYERS = (
 _BY_POSITION = (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Embedding)
 
 # How many numbers the gradients of a chunk of examples may hold.
-_CHUNK_NUMBERS = 2**22
+_CHUNK_NUMBERS = 2**20
 
 
 @dataclass

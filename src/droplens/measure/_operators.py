@@ -75,7 +75,9 @@ class WeightMatrix(ABC):
         """
         count = self.masks.count
         first = block * count if count > 1 else 0
-        return self._sum(V, range(first, first + count)) / count
+        result = self._sum(V, range(first, first + count))
+        result /= count
+        return result
 
     def products_of_draw(self, draw: int, V: Vector) -> Vector:
         """The same for the matrix of one draw of masks."""
@@ -99,7 +101,7 @@ class WeightMatrix(ABC):
 
     def weights(self) -> Vector:
         """The weights themselves, flat."""
-        return _flat(self.parameters, np.dtype(np.float64))
+        return _flat(self.parameters, np.dtype(self.dtype))
 
     def _sum(self, V: Vector, draws: range) -> Vector:
         vectors = [self._split(column) for column in V.T]
@@ -110,10 +112,13 @@ class WeightMatrix(ABC):
             if draw == draws[0] or kept:
                 masses += mass
             for k, vector in enumerate(vectors):
-                result[:, k] += mass * _flat(product(vector), V.dtype)
+                own = _flat(product(vector), V.dtype)
+                own *= mass
+                result[:, k] += own
             del product  # or its graph would live on while the next one is built
         self.divisor = self.loss.whole(masses)
-        return result / self.divisor
+        result /= self.divisor
+        return result
 
     def _graphs(self, draws: range) -> Iterator[tuple[int, float, Product]]:
         """One batch after the other, and for each one draw after the other.
