@@ -2,11 +2,13 @@
 
 import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from droplens import report, runs
+from droplens import report, reproduction, runs
+from droplens.papers import Judgement, Theory, find
 from droplens.reproduction import Request, reproduce
 
 QUICK = ("P1.lower-bound", "P4.index-rule")
@@ -34,7 +36,7 @@ def test_broken_claims_are_told_and_the_others_left_out():
     assert [one.claim.id for one in done.judgements] == ["P1.lower-bound"]
     assert [item.what for item in done.left_out] == ["P4.index-rule"]
     assert not done.as_expected
-    with pytest.raises(ValueError, match=r"P4\.index-rule has repaired"):
+    with pytest.raises(ValueError, match=r"P4\.index-rule: its twins are repaired"):
         reproduce(Request(("P4.index-rule",), "test", broken="wrong-lambda"))
 
 
@@ -44,13 +46,29 @@ def test_the_page_holds_summary_and_cards(tmp_path):
     assert len(page.encode()) < report.MAX_BYTES
     assert (
         page.index("Every claim and its verdict")
-        < page.index("P1.lower-bound</th>")
+        < page.index('<a href="#v-p1-lower-bound">P1.lower-bound</a>')
         < page.index('id="v-p1-lower-bound"')
     )
     assert "For the identity of size 4" in page
     twin = done.to_dict()
     assert next(iter(twin)) == "claims"
     assert json.loads(json.dumps(twin, allow_nan=False)) == twin
+
+
+def test_a_broken_run_says_whether_every_verdict_turned(monkeypatch):
+    done = reproduce(Request(QUICK, "test", broken="penalty-doubled"))
+    assert done.survivors == ()
+    assert done.to_document().subtitle.endswith("verdicts must turn. All of them did.")
+    # A measure that does not ask the theory survives it.
+    claim = find("P1.lower-bound")
+    deaf = replace(claim, measure=lambda setting, seeds, _: {"value": [1.0 for _ in seeds]})
+    kept = Judgement(deaf, done.judgements[0].cells, "penalty-doubled")
+    cells = tuple(replace(c, numbers=deaf.measure({}, c.seeds, None)) for c in kept.cells)
+    survived = replace(done, judgements=(replace(kept, cells=cells),))
+    assert survived.to_dict()["survivors"] == ["P1.lower-bound"]
+    assert survived.to_document().subtitle.endswith("These did not: P1.lower-bound.")
+    whole = replace(survived, request=Request(QUICK, "test"))
+    assert whole.survivors == ()
 
 
 @pytest.mark.parametrize("seeds", [0, -1])
@@ -73,8 +91,6 @@ def write_mnist(folder: Path) -> None:
 
 
 def test_data_folders_add_settings(tmp_path, monkeypatch):
-    from droplens.papers import Theory, find
-
     write_mnist(tmp_path)
     claim = find("P8.images")
     monkeypatch.setattr(type(claim), "seed_count", lambda *_: 1)
@@ -82,6 +98,47 @@ def test_data_folders_add_settings(tmp_path, monkeypatch):
     assert [cell.get("data") for cell in cells] == [None, None, "mnist", "mnist"]
     found = claim.measure({**cells[2], "steps": 3}, [0], Theory())
     assert len(found["value"]) == 1
+
+
+def write_cifar10(folder: Path, n: int = 4) -> None:
+    """The binary version: a label, then 3,072 pixels."""
+    folder.mkdir()
+    for name in (*(f"data_batch_{k}" for k in range(1, 6)), "test_batch"):
+        rows = (bytes([k % 10]) + bytes((k * j) % 256 for j in range(3072)) for k in range(n))
+        (folder / f"{name}.bin").write_bytes(b"".join(rows))
+
+
+@pytest.mark.parametrize("network", ["MLP", "VGG", "ResNet"])
+def test_deep_networks_take_cifar(tmp_path, network):
+    write_cifar10(tmp_path / "cifar-10-batches-bin")
+    claim = find("P4.deep")
+    cells = [cell for cell in claim.cells("laptop", tmp_path) if cell.get("data") == "cifar10"]
+    assert len(cells) == len(claim.cells("laptop"))
+    setting = next(cell for cell in cells if cell["network"] == network)
+    found = claim.measure({**setting, "steps": 2, "n": 7, "width": 4}, [0], Theory())
+    assert len(found["found"][0]) == 7
+
+
+def test_what_the_folder_does_not_hold_is_told(tmp_path, monkeypatch):
+    write_mnist(tmp_path)
+    monkeypatch.setattr(reproduction, "work", lambda batch: {"value": [0.0 for _ in batch.seeds]})
+    names = ("P8.images", "P4.deep")
+    claims = [replace(find(name), figure=None) for name in names]
+    monkeypatch.setattr(reproduction, "select", lambda _: tuple(claims))
+    done = reproduce(Request(names, "test", data=tmp_path))
+    assert [item.what for item in done.left_out] == ["P4.deep on cifar10"]
+    assert [len(one.cells) for one in done.judgements] == [4, 3]
+
+
+def test_a_file_cut_short_is_refused_before_anything_runs(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write_mnist(folder)
+    path = folder / "train-images-idx3-ubyte.gz"
+    path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes())[: -10 * 784]))
+    with pytest.raises(ValueError, match=r"train-images-idx3-ubyte.gz' is truncated"):
+        reproduce(Request(("P8.images",), "test", data=folder), folder=tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
 
 
 def test_bad_data_folders_are_refused(tmp_path):

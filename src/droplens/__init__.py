@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from droplens.inspection import compare as compare
     from droplens.inspection import inspect as inspect
     from droplens.penalties import decompose as decompose
+    from droplens.penalties import equivalent_rates as equivalent_rates
     from droplens.penalties import penalty as penalty
     from droplens.penalties import penalty_curve as penalty_curve
     from droplens.prediction import predict as predict
@@ -59,6 +60,7 @@ _HOMES = {
     "compare": "inspection",
     "inspect": "inspection",
     "decompose": "penalties",
+    "equivalent_rates": "penalties",
     "explain_gap": "dynamics",
     "gradient_noise": "dynamics",
     "modified_loss": "dynamics",

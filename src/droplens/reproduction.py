@@ -35,7 +35,7 @@ from droplens.verdicts import Verdict
 
 Progress = Callable[[float, str], None]
 
-_READERS: Final = ("mnist", "cifar10")
+_READERS: Final = ("mnist", "cifar10", "cifar100")
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,12 @@ class Reproduction:
     def as_expected(self) -> bool:
         """Whether every verdict is the one we expected."""
         return all(judgement.as_expected for judgement in self.judgements)
+
+    @property
+    def survivors(self) -> tuple[str, ...]:
+        """Claims whose verdict did not turn though the theory is broken: something is wrong."""
+        broken = bool(self.request.broken)
+        return tuple(one.claim.id for one in self.judgements if broken and not one.turned)
 
     def to_document(self) -> Document:
         """A page: the summary on top, then the claims by paper."""
@@ -81,6 +87,7 @@ class Reproduction:
             "claims": plain(claims),
             "scale": self.request.scale,
             "broken": self.request.broken,
+            "survivors": list(self.survivors),
             **self.to_document().to_dict(),
         }
 
@@ -97,26 +104,38 @@ class Reproduction:
         said = f"{len(self.judgements)} claims: {', '.join(parts)}. {tail}"
         if self.request.broken:
             wrong = BREAKS[self.request.broken]
-            said += f" The theory was broken on purpose ({wrong}): verdicts must turn."
+            said += f" The theory was broken on purpose ({wrong}): verdicts must turn. "
+            said += (
+                f"These did not: {', '.join(self.survivors)}."
+                if self.survivors
+                else "All of them did."
+            )
         return said
 
     def _summary(self) -> Table:
-        columns = ("claim", "statement", "verdict", "measured", "predicted")
+        columns = ("claim", "verdict", "measured", "predicted")
         rows = [
             (
-                one.claim.id,
-                one.claim.statement,
-                one.verdict
-                if one.claim.expected_verdict == one.verdict == "holds"
-                else f"{one.verdict} (expected: {one.claim.expected_verdict})",
+                f"{one.claim.id}\n{one.claim.statement}",
+                _verdict_in_short(one),
                 one.measured,
-                " ".join((one.claim.criterion.predicted, one.claim.criterion.unit)).strip(),
+                one.claim.criterion.predicted,
             )
             for one in self.judgements
         ]
         return Table(
-            [Column(name) for name in columns], rows, caption="Every claim and its verdict"
+            [Column(name) for name in columns],
+            rows,
+            caption="Every claim and its verdict",
+            links=[one.claim.id for one in self.judgements],
         )
+
+
+def _verdict_in_short(judgement: Judgement) -> str:
+    expected = judgement.claim.expected_verdict
+    if not judgement.as_expected:
+        return f"{judgement.verdict} (expected: {expected})"
+    return judgement.verdict if expected == "holds" else f"{judgement.verdict}, as expected"
 
 
 _SUMMARY_TEXT = (
@@ -205,26 +224,35 @@ def reproduce(
             )
             for claim in chosen
         )
-    if request.data is None:
-        left_out += tuple(
-            NotMeasured(
-                f"{claim.id} on {claim.data}", "no folder with its files was named (--data)"
-            )
-            for claim in chosen
-            if claim.data
-        )
+    left_out += tuple(
+        NotMeasured(f"{claim.id} on {claim.data}", "no folder with its files was named (--data)")
+        for claim in chosen
+        if claim.data and not _holds_data(claim, request)
+    )
     return Reproduction(judged, request, left_out, made)
 
 
 def _planned(claim: Claim, request: Request) -> list[Batch]:
     """One batch of all seeds for each setting."""
-    holds = request.data is not None and claim.data in _data_sets(request.data)
+    holds = _holds_data(claim, request)
     count = claim.seed_count(request.scale, request.seeds)
     seeds = range(request.first_seed, request.first_seed + count)
     return [
         Batch.of(claim.id, setting, seeds, request.broken)
         for setting in claim.cells(request.scale, request.data if holds else None)
     ]
+
+
+def _holds_data(claim: Claim, request: Request) -> bool:
+    if request.data is None or claim.data not in _data_sets(request.data):
+        return False
+    # All that the claim will read, now: a file cut short must not end a long run half-way.
+    wanted = max(int(setting["n"]) for setting in claim.settings[request.scale])
+    return _readable(claim.data, request.data, wanted)
+
+
+def _twins(claim: Claim) -> str:
+    return f"its twins are {', '.join(claim.broken)}"
 
 
 def _with_twin(
@@ -239,10 +267,10 @@ def _with_twin(
     if not kept:
         raise ValueError(
             f"none of these claims has a broken twin {broken!r}: "
-            + "; ".join(f"{claim.id} has {', '.join(claim.broken)}" for claim in claims)
+            + "; ".join(f"{claim.id}: {_twins(claim)}" for claim in claims)
         )
     others = tuple(
-        NotMeasured(claim.id, f"does not depend on what {broken!r} breaks")
+        NotMeasured(claim.id, f"does not rest on what {broken!r} breaks; {_twins(claim)}")
         for claim in claims
         if claim not in kept
     )
@@ -273,6 +301,14 @@ def _data_sets(folder: Path) -> tuple[str, ...]:
             f"the data folder {str(folder)!r} holds no data set ({'; '.join(missing)})"
         )
     return tuple(found)
+
+
+@cache
+def _readable(name: str, folder: Path, limit: int) -> bool:
+    from droplens import data
+
+    getattr(data, name)(folder, limit=limit)
+    return True
 
 
 def _card(judgement: Judgement) -> Section:

@@ -10,7 +10,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import droplens as dl
 from droplens.batches import as_batches
-from droplens.inspection._readers import outgoing_weights, readers
+from droplens.measure._readers import readers
+from droplens.measure._reading import outgoing_channels
 from tests.discovery.test_sites import assert_same_state, state_of
 
 loss = nn.CrossEntropyLoss()
@@ -100,6 +101,18 @@ def test_a_seed_repeats_and_fresh_calls_differ():
     fresh = dl.inspect(network(), data(), loss, draws=20, directions=2)
     assert fresh.seed != first.seed
     assert fresh.cost.gap != first.cost.gap
+
+
+def test_a_site_that_drops_everything_is_named_and_the_rest_measured(tmp_path):
+    net = network()
+    net[2].p = 1.0
+    found = quick(net, data())
+    assert found.cost is None
+    assert "p = 1 at '2': every unit is dropped" in found.not_measured["cost of dropout"]
+    assert set(found.equalization) == {"2", "5"}
+    found.to_html(tmp_path / "page.html")
+    beside = dl.compare({"closed": net, "open": network(seed=1)}, data(), loss, draws=20, seed=0)
+    assert any("p = 1 at '2'" in why for why in beside.not_measured.values())
 
 
 def test_a_model_without_dropout_still_has_a_page_that_says_so(tmp_path):
@@ -194,8 +207,8 @@ def test_readers_through_flatten_and_of_convolutions():
     )  # fmt: skip
     images = torch.randn(5, 1, 4, 4)
     found, missing = readers(net, as_batches((images, torch.zeros(5, dtype=torch.long))))
-    assert {name: reader.layer for name, reader in found.items()} == {"2": "3", "6": "8"}
-    assert missing == {"4": "no linear or convolution layer reads its units directly"}
+    assert {name: reader.layer for name, reader in found.items()} == {"2": "3", "4": "8", "6": "8"}
+    assert missing == {}
     channels = torch.relu(net[0](images))
     expected = channels.double().square().mean((0, 2, 3)).sqrt()
     torch.testing.assert_close(found["2"].rms, expected.detach(), rtol=1e-6, atol=0)
@@ -205,7 +218,7 @@ def test_readers_through_flatten_and_of_convolutions():
 def test_outgoing_weights_of_a_grouped_convolution():
     """Column i holds every weight that multiplies input channel i."""
     conv = nn.Conv1d(4, 6, 3, groups=2, bias=False)
-    columns = outgoing_weights(conv, 4)
+    columns = outgoing_channels(conv.weight.detach(), 2, 4)
     for channel in range(4):
         impulse = torch.zeros(1, 4, 5)
         impulse[0, channel, 2] = 1

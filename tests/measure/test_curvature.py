@@ -9,6 +9,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.utils.data import DataLoader, TensorDataset
 
+import droplens as dl
 from droplens import measure
 from droplens.estimates import mean_estimate
 from droplens.measure import _curvature
@@ -190,6 +191,19 @@ def test_the_average_over_masks_nears_the_enumerated_one(connection):
     assert abs(mean(mended) - kappa) < 4 * spread + 0.02 * kappa
     assert abs(mean(mended) - kappa) < abs(mean(raw) - kappa)
     assert runs[0].masks == "averaged"
+
+
+def test_dropconnect_draws_a_mask_a_pass():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 3)).double()
+    dl.nn.drop_connect(model[2], "weight", 0.5)
+    runs = [
+        measure.curvature(model, points(40), CE, "e", 2, draws, parameters=5, seed=1).intrinsic
+        for draws in (4, 32)
+    ]
+    # As many masks as asked for, and not one for all of them.
+    assert runs[0].value != runs[1].value
+    assert all(math.isfinite(run.value) for run in runs)
 
 
 def test_a_drawn_slice_moves_that_many_numbers_and_says_which():

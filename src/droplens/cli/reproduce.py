@@ -71,7 +71,7 @@ def reproduce(  # noqa: PLR0913 - a command's options
         typer.Option(
             "--data",
             metavar="DIR",
-            help="A folder with the files of MNIST or CIFAR-10, for the claims that can use them.",
+            help="A folder with the files of MNIST or CIFAR, for the claims that can use them.",
         ),
     ] = None,
     broken: Annotated[
@@ -80,7 +80,7 @@ def reproduce(  # noqa: PLR0913 - a command's options
             "--broken",
             metavar="NAME",
             help="Break the theory on purpose: wrong-lambda, missing-rescale, penalty-doubled, "
-            "swapped-losses or repaired. The verdicts must then turn.",
+            "swapped-losses, fixed-rate or repaired. The verdicts must then turn.",
         ),
     ] = "",
     output: OutputOption = None,

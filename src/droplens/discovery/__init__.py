@@ -1,6 +1,7 @@
 """Find every stochastic site of a model, by module and function."""
 
 from droplens.discovery._calls import Call
+from droplens.discovery._composites import RECURRENT
 from droplens.discovery._guard import KEPT_IN_EVAL, guarded, switch_on
 from droplens.discovery._intercept import intercept
 from droplens.discovery._registry import register_site
@@ -9,6 +10,7 @@ from droplens.discovery._unrolled import can_unroll, unrolled
 
 __all__ = [
     "KEPT_IN_EVAL",
+    "RECURRENT",
     "Call",
     "Site",
     "can_unroll",

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from droplens.calling import check_inputs, check_outputs, predictions
 from droplens.discovery import Call, Site
 from droplens.discovery import sites as find_sites
+from droplens.dynamics._training import nothing_dropped
 from droplens.gates import draw_masks, masks_off, masks_replaced
 from droplens.measure._checks import trainable
 from droplens.measure._risk import Loss
@@ -139,7 +140,7 @@ def fresh_masks(source: torch.Generator, names: Collection[str]) -> Visit:
     draw = draw_masks(source, names)
 
     def visit(call: Call, x: Tensor) -> Tensor:
-        return draw(call, x) if call.name in names else x.clone()
+        return draw(call, x) if call.name in names else nothing_dropped(call, x)
 
     return visit
 

@@ -43,7 +43,7 @@ def masks_in_training(model: nn.Module, visit: Visit) -> Iterator[None]:
 
 def nothing_dropped(call: Call, x: Tensor) -> Tensor:
     """A copy, as dropout returns one: operations in place may change it."""
-    return x.clone()
+    return x if call.of_weights else x.clone()
 
 
 def masks_from(generator: torch.Generator | None) -> Visit:

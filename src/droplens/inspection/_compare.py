@@ -137,7 +137,8 @@ def compare(  # noqa: PLR0913  # the last seven are keywords with defaults
         models: a network or several by name, such as {"with": [a1, a2], "without": [b1, b2]}.
         data: a pair (inputs, targets), a TensorDataset, or a DataLoader; streamed, never held.
         loss: a loss object, such as `nn.CrossEntropyLoss()`.
-        held_out: data that was not trained on, to compare the losses there.
+        held_out: data that was not trained on, to compare the losses there, and to split the gap
+            between a logged training loss and the loss there into its causes.
         draws: masks to draw for the cost of every network.
         directions: random directions for the flatness; the same for every network.
         measures: names of measures to make on request, as for `inspect`.
@@ -153,7 +154,8 @@ def compare(  # noqa: PLR0913  # the last seven are keywords with defaults
         ValueError: if there is nothing to compare, data or weights are bad, or a measure's name is
             unknown.
     """
-    sets, asked = _checked_sets(models), checked_names(measures)
+    sets = _checked_sets(models)
+    asked = checked_names(measures if held_out is None else (*measures, "gap"))
     tell = on_progress or (lambda share, doing: None)
     batches = checked_passes(data, next(iter(sets.values()))[0])
     _, used_seed = private_generator(generator, seed)
@@ -171,6 +173,7 @@ def compare(  # noqa: PLR0913  # the last seven are keywords with defaults
                     network,
                     batches,
                     loss,
+                    held_out=held_out,
                     draws=draws,
                     directions=directions,
                     measures=asked,

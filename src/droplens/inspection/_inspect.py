@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from droplens.batches import checked_passes, predicts_next_token
+from droplens.batches import as_batches, checked_passes, predicts_next_token
 from droplens.discovery import KEPT_IN_EVAL, Site
 from droplens.discovery import sites as find_sites
 from droplens.inspection._cost import Cost, cost_of
@@ -16,8 +16,8 @@ from droplens.inspection._extra import Subject
 from droplens.inspection._extras import checked_names, measured_on_request, offers
 from droplens.inspection._flatness import outputs_of, scaled_loss
 from droplens.inspection._measures import OFFERED, measures_of
-from droplens.inspection._readers import readers
 from droplens.inspection._sizes import Sizes, sizes_of, targets_of
+from droplens.inspection._training import gap_verdicts
 from droplens.inspection._verdicts import MOST_SITES, cost_verdicts, equalisation_verdicts
 from droplens.losses import HessianOnlyError, Squared
 from droplens.losses import family as family_of
@@ -31,6 +31,7 @@ from droplens.measure import (
     Spectrum,
     equalization,
 )
+from droplens.measure._readers import readers
 from droplens.randomness import private_generator
 from droplens.verdicts import Verdict
 
@@ -124,11 +125,12 @@ class Inspection:
         return render_fragment(self.to_document())
 
 
-def inspect(  # noqa: PLR0913  # the last six are keywords with defaults
+def inspect(  # noqa: PLR0913  # the last seven are keywords with defaults
     model: nn.Module,
     data: Any,
     loss: nn.Module,
     *,
+    held_out: Any = None,
     draws: int = 100,
     directions: int = 8,
     measures: Sequence[str] = (),
@@ -147,6 +149,8 @@ def inspect(  # noqa: PLR0913  # the last six are keywords with defaults
         data: a pair (inputs, targets), a TensorDataset, or a DataLoader, also of mappings that hold
             "labels"; streamed, never held.
         loss: a loss object, such as `nn.CrossEntropyLoss()`.
+        held_out: data that was not trained on, if `data` was: the gap between the training loss of
+            a log and the loss there is split into its causes ("gap" in `extras`).
         draws: masks to draw for the cost, and for that of each site alone.
         directions: random directions for the flatness.
         measures: names of measures that take longer and are made on request; a page lists under
@@ -163,7 +167,7 @@ def inspect(  # noqa: PLR0913  # the last six are keywords with defaults
         ValueError: if data or weights hold NaN or Inf, labels are out of range, data is empty, or a
             measure's name is unknown.
     """
-    asked = checked_names(measures)
+    asked = checked_names(measures if held_out is None else (*measures, "gap"))
     tell = on_progress or (lambda share, doing: None)
     family = family_of(loss)
     batches = checked_passes(data, model)
@@ -177,15 +181,16 @@ def inspect(  # noqa: PLR0913  # the last six are keywords with defaults
     not_measured = {f"site {s.name}": s.reason or "" for s in found if s.law is None}
 
     tell(0.05, "Drawing masks")
+    unpriced = _unpriceable(found)
     cost = None
-    if any(site.law is not None for site in found):
+    if unpriced is None:
         try:
             cost = cost_of(model, batches, loss, draws, source, used_seed, sizes)
             not_measured |= _unpriced(cost, sizes)
         except HessianOnlyError as error:
-            not_measured["cost of dropout"] = str(error)
-    else:
-        not_measured["cost of dropout"] = "the forward pass meets no dropout whose law is known"
+            unpriced = str(error)
+    if unpriced is not None:
+        not_measured["cost of dropout"] = unpriced
 
     tell(0.5, "Weighing the units")
     behind, missing = readers(model, batches)
@@ -202,12 +207,15 @@ def inspect(  # noqa: PLR0913  # the last six are keywords with defaults
     left = measures_of(model, batches, loss, sizes, directions, used_seed, not_measured, tell_rest)
     if asked:
         tell(0.75, "Measuring what was asked for")
-    subject = Subject(model, batches, loss, sizes, directions, used_seed)
+    apart = None if held_out is None else as_batches(held_out, model)
+    subject = Subject(model, batches, loss, sizes, directions, used_seed, apart)
     extras = measured_on_request(asked, subject, not_measured)
     unit = "units of the loss" if isinstance(family, Squared) else "nats"
     outputs = outputs_of(model, batches)
     verdicts = cost_verdicts(cost, unit) if cost is not None else []
     verdicts += equalisation_verdicts(equal, layers)
+    if "gap" in extras:
+        verdicts += gap_verdicts(extras["gap"], unit)
     tell(1.0, "Done")
     return Inspection(
         found,
@@ -260,6 +268,20 @@ def _unweighed(missing: Mapping[str, str]) -> dict[str, str]:
         f"equalisation at {len(names)} sites": f"{why}: {', '.join(names)}"
         for why, names in by_reason.items()
     }
+
+
+def _unpriceable(sites: Sequence[Site]) -> str | None:
+    """Why no cost can be told from these sites; None if it can."""
+    lawful = [site for site in sites if site.law is not None]
+    if not lawful:
+        return "the forward pass meets no dropout whose law is known"
+    closed = [repr(site.name) for site in lawful if getattr(site.law, "p", None) == 1]
+    if closed:
+        return (
+            f"p = 1 at {', '.join(closed)}: every unit is dropped, so no penalty exists to hold "
+            "against the masks (it divides by 1 - p); droplens.decompose draws them all the same"
+        )
+    return None
 
 
 def _unpriced(cost: Cost, sizes: Sizes) -> dict[str, str]:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from droplens.losses._families import Family
+from droplens.losses._family import Family
 from droplens.quadrature import covariance_factor, normal_points
 
 Layout = Literal["elements", "classes"]
@@ -274,7 +274,7 @@ class _HessianOnly(_Given):
         Raises:
             ValueError: if it is not (n, T, C, C).
         """
-        H = self.second(f)
+        H = self.second(f).to(f)
         if H.shape != (*f.shape, f.shape[-1]):
             raise ValueError(
                 f"hessian has to return shape {(*f.shape, f.shape[-1])} for f of shape "

@@ -3,6 +3,7 @@
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Final, NamedTuple, final
 
 import torch
@@ -11,6 +12,7 @@ from torch.func import jvp, vjp
 
 from droplens.batches import checked_passes, n_examples, rows_of
 from droplens.calling import ForwardError, check_outputs
+from droplens.discovery import Call
 from droplens.estimates import Estimate, mean_estimate
 from droplens.gates import draw_masks, masks_off, masks_replaced
 from droplens.losses import Family, Squared
@@ -44,7 +46,8 @@ class Curvature:
             metric H⁺.
         intrinsic: κ = ‖a_⊥‖/‖d‖², mean over directions.
         parameter_effects: ‖a_∥‖/‖d‖², mean over directions.
-        scale_free: κ · length.
+        scale_free: κ · length. In expectation parameters of a confident softmax the length is huge,
+            because the metric divides by probabilities: compare raw values there.
         scale_free_parameter_effects: the same of the parameter effects.
         length: the predictions' rms metric distance from their mean over inputs.
         values: intrinsic and parameter effects of every direction, (directions, 2).
@@ -272,11 +275,25 @@ class _Predictor:
         """
         if draws is None:
             with masks_off(self.model):
-                yield _Opened(self, None, seed)
+                yield _Opened(self, None, seed, False)
             return
         masks = torch.Generator()
+        shared = self._shares_masks()
         with masks_replaced(self.model, draw_masks(masks)):
-            yield _Opened(self, masks, seed)
+            yield _Opened(self, masks, seed, shared)
+
+    def _shares_masks(self) -> bool:
+        """Whether all examples of a pass share a mask, as under DropConnect."""
+        found: list[bool] = []
+
+        def note(call: Call, x: Tensor) -> Tensor:
+            found.append(call.of_weights)
+            return x
+
+        state = {n: _cast(p.detach(), self.dtype) for n, p in trainable(self.model).items()}
+        with torch.no_grad(), masks_replaced(self.model, note):
+            self.point(state, next(iter(self.pieces())).inputs)
+        return any(found)
 
 
 @dataclass(frozen=True)
@@ -286,6 +303,7 @@ class _Opened:
     predictor: _Predictor
     masks: torch.Generator | None
     seed: int
+    shared: bool
 
     def point(
         self, state: Mapping[str, Tensor], piece: _Piece, draws: range
@@ -399,7 +417,7 @@ class _Network(TangentMap):
 
     def _groups(self, piece: _Piece) -> list[range]:
         """Draws that fit one pass together."""
-        size = max(1, _EXAMPLES // piece.size)
+        size = 1 if self._opened.shared else max(1, _EXAMPLES // piece.size)
         return [self._draws[start : start + size] for start in range(0, len(self._draws), size)]
 
     def _means(self) -> tuple[Tensor, Tensor]:
@@ -420,10 +438,8 @@ class _Network(TangentMap):
         Raises:
             ValueError: if the model cannot be differentiated.
         """
-        if self._shape[0] * len(self._draws) > _EXAMPLES:
-            return None
-        pieces = list(self._predictor.pieces())
-        if len(pieces) > 1:
+        pieces = list(islice(self._predictor.pieces(), 2))
+        if len(pieces) > 1 or len(self._groups(pieces[0])) > 1:
             return None
         try:
             return vjp(self._coordinates(pieces[0], self._draws), self._theta)[1]

@@ -108,6 +108,11 @@ class Criterion:
         return self.range if self.expected is None else format_number(self.expected)
 
     @property
+    def edge(self) -> float:
+        """A finite end of the range: the lower one where both are."""
+        return self.low if math.isfinite(self.low) else self.high
+
+    @property
     def rule(self) -> str:
         """The criterion in words."""
         unit = f" {self.unit}" if self.unit else ""
@@ -169,7 +174,10 @@ class Claim:
     batch: int = 50
     """Seeds that are run together."""
     data: str = ""
-    """Which data set on disk the claim can take instead of the digits: "mnist" or "cifar10"."""
+    """Which data set on disk the claim can take instead of the digits: "mnist" or "cifar10".
+
+    Its settings say by `n` how many examples they read.
+    """
 
     def __post_init__(self) -> None:
         if not self.id.startswith(f"{self.paper}."):
@@ -180,6 +188,8 @@ class Claim:
             raise ValueError(f"expected_verdict cannot be {self.expected_verdict!r}")
         if self.expected_verdict == "does not hold" and not self.reason:
             raise ValueError(f"reason has to say why {self.id} goes against the paper")
+        if self.data and not all("n" in one for cells in self.settings.values() for one in cells):
+            raise ValueError(f"settings of {self.id} have to say how many examples, n, they read")
         if not self.broken or not set(self.broken) <= set(BREAKS):
             raise ValueError(f"broken has to name theories of {set(BREAKS)}, but got {self.broken}")
 
@@ -220,6 +230,11 @@ class Judgement:
     def as_expected(self) -> bool:
         """Whether they say what we expected."""
         return self.verdict == self.claim.expected_verdict
+
+    @property
+    def turned(self) -> bool:
+        """Whether they say the opposite, as under a broken theory they have to."""
+        return {self.verdict, self.claim.expected_verdict} == {"holds", "does not hold"}
 
     @property
     def worst(self) -> int:
@@ -276,7 +291,7 @@ class Judgement:
             "expected_verdict": claim.expected_verdict,
             "measured": _finite(measured.value),
             "standard_error": _finite(measured.standard_error),
-            "expected": criterion.low if criterion.expected is None else criterion.expected,
+            "expected": criterion.edge if criterion.expected is None else criterion.expected,
             "predicted": criterion.predicted,
             "n": measured.n,
             "over": measured.over,

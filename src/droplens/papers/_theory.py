@@ -11,6 +11,7 @@ BREAKS: Final[Mapping[str, str]] = MappingProxyType(
         "missing-rescale": "kept units are not divided by their chance to be kept",
         "penalty-doubled": "the predicted penalty is twice what it should be",
         "swapped-losses": "the loss with and the loss without dropout exchanged",
+        "fixed-rate": "the rate stays the same at every width where it has to adapt",
         "repaired": "the step is added that a false statement left out",
     }
 )
@@ -62,6 +63,11 @@ class Theory:
     def swapped(self) -> bool:
         """Whether the loss with and without dropout are exchanged."""
         return self.broken == "swapped-losses"
+
+    @property
+    def fixed(self) -> bool:
+        """Whether a rate that has to adapt to the width does not."""
+        return self.broken == "fixed-rate"
 
     @property
     def repaired(self) -> bool:

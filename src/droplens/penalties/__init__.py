@@ -2,15 +2,19 @@
 
 from droplens.penalties._curve import PenaltyCurve, penalty_curve
 from droplens.penalties._decompose import Decomposition, Parts, decompose, pooled_parts
-from droplens.penalties._penalty import FEW_UNITS, Penalty, penalty
+from droplens.penalties._equivalent import EquivalentRates, equivalent_rates
+from droplens.penalties._penalty import FEW_UNITS, penalty
+from droplens.penalties._result import Penalty
 
 __all__ = [
     "FEW_UNITS",
     "Decomposition",
+    "EquivalentRates",
     "Parts",
     "Penalty",
     "PenaltyCurve",
     "decompose",
+    "equivalent_rates",
     "penalty",
     "penalty_curve",
     "pooled_parts",

@@ -72,11 +72,7 @@ class Decomposition:
             ValueError: if the processes met different sites, or drew from one seed.
         """
         processes = Group(self.divisor, self.by_site, group)
-        if processes.size > 1 and processes.agree(self.seed):
-            raise ValueError(
-                f"all processes drew their masks from seed {self.seed}, so their errors are not "
-                "independent; give each its own seed, or none"
-            )
+        processes.check_seeds(self.seed)
         rows: list[Decomposition | Parts] = [self, *self.by_site.values()]
         found = processes.pooled(
             [self.base, *(v for row in rows for v in (row.gap, row.spread, row.shift))]

@@ -110,6 +110,18 @@ class Group:
         distributed.all_reduce(extremes, op=distributed.ReduceOp.MAX, group=self._group)
         return int(extremes[0]) == -int(extremes[1])
 
+    def check_seeds(self, seed: int | None) -> None:
+        """Refuse draws that the processes share.
+
+        Raises:
+            ValueError: if all processes drew from one seed.
+        """
+        if seed is not None and self.size > 1 and self.agree(seed):
+            raise ValueError(
+                f"all processes drew from seed {seed}, so their errors are not independent; give "
+                "each its own seed, or none"
+            )
+
     def summed(self, values: Sequence[float]) -> list[float]:
         """The processes' values added up."""
         from torch import distributed

@@ -7,15 +7,14 @@ from typing import Any, Final
 import torch
 from torch import nn
 
-from droplens.batches import Batch, as_batches
+from droplens.batches import Batch
 from droplens.calling import predictions
 from droplens.discovery import sites
 from droplens.estimates import Estimate, exact, mean_estimate
 from droplens.gates import masks_off
-from droplens.inspection._readers import readers
 from droplens.layers import weight_matrix, weighted_layers
 from droplens.losses import family
-from droplens.measure import condensation, equalization, spectrum
+from droplens.measure import condensation, equalization_by_site, neurons, spectrum
 from droplens.penalties import decompose, penalty
 
 # Backward passes up to which the penalty is exact instead of sampled.
@@ -105,11 +104,7 @@ def gaps(sample: Sample) -> Reading:
 
 def equalisation(sample: Sample) -> Reading:
     """`variation` and `participation` (a share of the units) of each site's importances."""
-    behind, _ = readers(sample.model, as_batches([sample.batch]))
-    found = {
-        name: equalization(reader.outgoing, reader.rms[None], rows="examples")
-        for name, reader in behind.items()
-    }
+    found = equalization_by_site(sample.model, [sample.batch]).by_site
     return {
         name: {"variation": e.variation, "participation": e.participation / len(e.scores)}
         for name, e in found.items()
@@ -117,19 +112,16 @@ def equalisation(sample: Sample) -> Reading:
 
 
 def condensed(sample: Sample) -> Reading:
-    """`effective_ratio` and `weighted_orientations` of each layer's neurons, bias included."""
-    found = {}
-    for name, layer in weighted_layers(sample.model).items():
-        rows = weight_matrix(layer)
-        bias = dict(layer.named_parameters(recurse=False)).get("bias")
-        if bias is not None:
-            rows = torch.cat([rows, bias.detach().unsqueeze(1)], 1)
-        cover = condensation(rows)
-        found[name] = {
+    """Directions of each layer's neurons, bias included, by their norms: three counts of them."""
+    return {
+        layer.name: {
+            "orientations": float(cover.orientations),
             "effective_ratio": cover.effective_ratio,
             "weighted_orientations": cover.weighted_orientations,
         }
-    return found
+        for layer in neurons(sample.model)
+        for cover in [condensation(layer.rows)]
+    }
 
 
 def ranks(sample: Sample) -> Reading:

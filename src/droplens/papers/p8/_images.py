@@ -17,9 +17,9 @@ from droplens.report import Figure, bars
 def images(setting: Setting) -> Tensor:
     """Pixels by examples, in [0, 1], float32: digits, or MNIST from the folder named."""
     if setting.get("data") == "mnist":
-        inputs = data.mnist(setting["folder"], limit=setting["images"]).train.inputs.flatten(1)
+        inputs = data.mnist(setting["folder"], limit=setting["n"]).train.inputs.flatten(1)
     else:
-        inputs = data.digits().train.inputs[: setting["images"]]
+        inputs = data.digits().train.inputs[: setting["n"]]
     low, high = inputs.min(), inputs.max()
     return ((inputs - low) / (high - low)).mT
 
@@ -89,8 +89,8 @@ def _mean(values: Sequence[float] | Sequence[Sequence[float]]) -> Estimate:
     return mean_estimate([float(v) for v in values], over="seeds")  # type: ignore[arg-type]
 
 
-def _settings(images_: int, steps: int, **more: object) -> list[Setting]:
-    base = {"images": images_, "d": 40, "steps": steps, "rate": 0.02, **more}
+def _settings(n: int, steps: int, **more: object) -> list[Setting]:
+    base = {"n": n, "d": 40, "steps": steps, "rate": 0.02, **more}
     return [{**base, "keep": keep} for keep in (0.5, 0.8)]
 
 
@@ -113,7 +113,7 @@ CLAIMS = (
             high=1e-3,
             unit="squared grey level",
         ),
-        broken=("wrong-lambda", "swapped-losses", "penalty-doubled"),
+        broken=("wrong-lambda", "missing-rescale", "swapped-losses", "penalty-doubled"),
         figure=_draw,
         chosen="Digits, or MNIST where a folder with its files is named. The paper alternates "
         "gradient steps on U and V; ours is Adam on both, with a step size that falls to zero.",

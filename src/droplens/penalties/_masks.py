@@ -1,0 +1,76 @@
+"""The spread by drawing masks, as a penalty: it sees what no expansion in the gates can."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from droplens.calling import check_inputs, check_outputs, predictions
+from droplens.discovery import sites as find_sites
+from droplens.gates import draw_masks, masks_replaced
+from droplens.losses import Family
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The spread of every example (n), its total's standard error, and what a penalty tells."""
+
+    per_example: Tensor
+    standard_error: float
+    unmeasured: dict[str, str]
+    divisor: float | None
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Which masks to draw: of the sites `names` (all if None), K of them, from `source`."""
+
+    names: Sequence[str] | None
+    count: int
+    source: torch.Generator
+
+
+def drawn_spread(
+    model: nn.Module, inputs: Any, family: Family, targets: Tensor | None, draws: Draws
+) -> Drawn:
+    """E A(f_z) − A(E f_z) of every example from K masks, unbiased to order 1/K.
+
+    With s_k = f_k − f̄ and D(s) = A(f̄ + s) − A(f̄) − ∇A(f̄)ᵀs, the jackknife's pseudo-values are
+    D(s_k) + (K − 1) D(−s_k/(K − 1)): the linear terms cancel, so no value is negative. Gradients
+    are recorded if they are on.
+
+    Raises:
+        ValueError: if inputs, targets or names are bad.
+    """
+    check_inputs(inputs)
+    found = find_sites(model, inputs)
+    lawful = [site.name for site in found if site.law is not None]
+    for name in draws.names or ():
+        if name not in lawful:
+            raise ValueError(f"sites holds {name!r}, which is not a site with a law: {lawful}")
+    with masks_replaced(model, draw_masks(draws.source, draws.names)):
+        outputs = [predictions(model, inputs) for _ in range(draws.count if lawful else 1)]
+    check_outputs(model, outputs[0])
+    if targets is not None:
+        family.check_targets(outputs[0], targets)
+    weights = family.weights(outputs[0].detach(), targets)
+    f = torch.stack([family.natural(output) for output in outputs])  # (K, n, T, C)
+    values = (weights * pseudo_values(family, f)).sum(-1)  # (K, n)
+    totals = values.detach().double().sum(1)
+    error = float(totals.std() / len(totals) ** 0.5) if len(totals) > 1 else 0.0
+    unmeasured = {site.name: site.reason or "" for site in found if site.law is None}
+    return Drawn(values.mean(0), error, unmeasured, family.divisor(outputs[0].detach(), targets))
+
+
+def pseudo_values(family: Family, f: Tensor) -> Tensor:
+    """The jackknife's pseudo-values of the spread of f (K, n, T, C) over its K draws: (K, n, T)."""
+    draws = len(f)
+    centre = f.mean(0)
+    steps = f - centre
+    if draws == 1:
+        return family.divergence(centre, steps)
+    # What is left out moves the mean the other way, by as much less as there are others.
+    others = family.divergence(centre, -steps / (draws - 1))
+    return family.divergence(centre, steps) + (draws - 1) * others

@@ -1,0 +1,149 @@
+"""A penalty as a result: what it tells, and how parts of the data and processes add up."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING, final
+
+import torch
+from torch import Tensor
+
+from droplens.penalties._pooling import Group, by_name, merged, shares, weighted
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+@dataclass(frozen=True)
+class Penalty:
+    """What dropout adds to the loss: the spread, in units of the loss.
+
+    Args:
+        total: differentiable scalar; all sites together.
+        by_site: scalar per site, that site alone. Second-order values add up to the total;
+            Gaussian values need not. Empty for "masks", which drop together: `decompose` draws
+            for each site alone.
+        per_example: the total's parts, (n), weighted as the loss weighs examples.
+        method: how it was computed.
+        approximation: of what order the value is, in words.
+        participation: by site, how many equal coins would make the output noise of an example;
+            for the Gaussian value, which leans on many.
+        standard_error: of the total over probes, for "sampled", or masks, for "masks"; else 0.
+        seed: repeats the probes or masks; None if none were drawn.
+        notes: what a reader of the number should know.
+        unmeasured: sites that are not counted (no law, or a mask that mixes examples), and why.
+        divisor: what the loss's mean divides by; None for a sum.
+    """
+
+    total: Tensor
+    by_site: Mapping[str, Tensor]
+    per_example: Tensor
+    method: str
+    approximation: str
+    participation: Mapping[str, float] = field(default_factory=dict)
+    standard_error: float = 0.0
+    seed: int | None = None
+    notes: tuple[str, ...] = ()
+    unmeasured: Mapping[str, str] = field(default_factory=dict)
+    divisor: float | None = None
+
+    def __float__(self) -> float:
+        return float(self.total.detach())
+
+    def all_reduce(self, group: "ProcessGroup | None" = None) -> "Penalty":
+        """The penalty over the data of all processes, the same on each, without a graph.
+
+        Every process computes its own part and calls this. `per_example` stays that of the
+        process's own examples, weighed as the whole weighs them.
+
+        Args:
+            group: of torch.distributed; the default group if not given.
+
+        Raises:
+            RuntimeError: if torch.distributed has not been initialised.
+            ValueError: if the processes met different sites, or drew from one seed.
+        """
+        processes = Group(self.divisor, [self.method, *self.by_site], group)
+        processes.check_seeds(self.seed)
+        share = processes.share
+        mine = [self.total, *self.by_site.values()]
+        counts = list(self.participation)
+        packed = processes.summed(
+            [float(value.detach()) * share for value in mine]
+            + [share * self.participation[name] for name in counts]
+            + [(share * self.standard_error) ** 2, share]
+        )
+        total, *sites = (self.total.new_tensor(value) for value in packed[: len(mine)])
+        return replace(
+            self,
+            total=total.detach(),
+            by_site=dict(zip(self.by_site, sites, strict=True)),
+            per_example=self.per_example.detach() * share,
+            participation={
+                name: packed[len(mine) + k] / packed[-1] for k, name in enumerate(counts)
+            },
+            standard_error=packed[-2] ** 0.5,
+            divisor=processes.divisor,
+        )
+
+
+@final
+class WhenAsked(Mapping[str, Tensor]):
+    """Values by site that are computed at the first look: a total needs none of them."""
+
+    def __init__(self, compute: Mapping[str, Callable[[], Tensor]]) -> None:
+        self._compute = compute
+        self._known: dict[str, Tensor] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._known:
+            self._known[name] = self._compute[name]()
+        return self._known[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._compute)
+
+    def __len__(self) -> int:
+        return len(self._compute)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
+
+
+def together(parts: Sequence[Penalty]) -> Penalty:
+    """Parts of one batch, weighed as the whole weighs them."""
+    counts = [len(part.per_example) for part in parts]
+    counted = [count / sum(counts) for count in counts]
+
+    def alone(name: str) -> Tensor:
+        return torch.stack([part.by_site[name] for part in parts]).sum()
+
+    return replace(
+        parts[0],
+        total=torch.stack([part.total for part in parts]).sum(),
+        by_site=WhenAsked({name: partial(alone, name) for name in parts[0].by_site}),
+        per_example=torch.cat([part.per_example for part in parts]),
+        participation=by_name(counted, [part.participation for part in parts]),
+        notes=tuple(dict.fromkeys(note for part in parts for note in part.notes)),
+    )
+
+
+def pooled_penalty(found: Sequence[Penalty]) -> Penalty:
+    """Of all batches together."""
+    weights = shares([part.divisor for part in found])
+    divisors = [part.divisor for part in found if part.divisor is not None]
+    counted = [w / sum(weights) for w in weights]
+    return replace(
+        found[0],
+        total=weighted(weights, [part.total for part in found]),
+        by_site=by_name(weights, [part.by_site for part in found]),
+        per_example=torch.cat([w * p.per_example for w, p in zip(weights, found, strict=True)]),
+        participation=by_name(counted, [part.participation for part in found]),
+        standard_error=math.hypot(
+            *(w * part.standard_error for w, part in zip(weights, found, strict=True))
+        ),
+        notes=tuple(dict.fromkeys(note for part in found for note in part.notes)),
+        unmeasured=merged(part.unmeasured for part in found),
+        divisor=sum(divisors) if divisors else None,
+    )
