@@ -277,7 +277,7 @@ class _Predictor:
             with masks_off(self.model):
                 yield _Opened(self, None, seed, False)
             return
-        masks = torch.Generator()
+        masks = torch.Generator(device=next(self.model.parameters()).device)
         shared = self._shares_masks()
         with masks_replaced(self.model, draw_masks(masks)):
             yield _Opened(self, masks, seed, shared)
