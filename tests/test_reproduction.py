@@ -46,7 +46,7 @@ def test_the_page_holds_summary_and_cards(tmp_path):
     assert len(page.encode()) < report.MAX_BYTES
     assert (
         page.index("Every claim and its verdict")
-        < page.index("P1.lower-bound</th>")
+        < page.index('<a href="#v-p1-lower-bound">P1.lower-bound</a>')
         < page.index('id="v-p1-lower-bound"')
     )
     assert "For the identity of size 4" in page

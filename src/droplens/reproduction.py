@@ -113,22 +113,29 @@ class Reproduction:
         return said
 
     def _summary(self) -> Table:
-        columns = ("claim", "statement", "verdict", "measured", "predicted")
+        columns = ("claim", "verdict", "measured", "predicted")
         rows = [
             (
-                one.claim.id,
-                one.claim.statement,
-                one.verdict
-                if one.claim.expected_verdict == one.verdict == "holds"
-                else f"{one.verdict} (expected: {one.claim.expected_verdict})",
+                f"{one.claim.id}\n{one.claim.statement}",
+                _verdict_in_short(one),
                 one.measured,
-                " ".join((one.claim.criterion.predicted, one.claim.criterion.unit)).strip(),
+                one.claim.criterion.predicted,
             )
             for one in self.judgements
         ]
         return Table(
-            [Column(name) for name in columns], rows, caption="Every claim and its verdict"
+            [Column(name) for name in columns],
+            rows,
+            caption="Every claim and its verdict",
+            links=[one.claim.id for one in self.judgements],
         )
+
+
+def _verdict_in_short(judgement: Judgement) -> str:
+    expected = judgement.claim.expected_verdict
+    if not judgement.as_expected:
+        return f"{judgement.verdict} (expected: {expected})"
+    return judgement.verdict if expected == "holds" else f"{judgement.verdict}, as expected"
 
 
 _SUMMARY_TEXT = (

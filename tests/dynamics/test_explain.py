@@ -151,6 +151,14 @@ def test_the_training_loss_is_that_of_a_log():
     assert abs(found.spread.value - plain.spread.value) <= 4 * error
 
 
+def test_a_network_that_drops_nothing_is_its_own_ensemble():
+    for net in (network(p=0.0), nn.Linear(2, 2).double()):
+        found = explain(net)
+        assert found.ensembles.gain.value == found.ensembles.gain.standard_error == 0
+        assert found.ensembles.arithmetic == found.ensembles.scaled
+        assert found.training.standard_error == 0
+
+
 def test_frozen_norm_layers_stay_frozen():
     net = normed().train()
     net[1].eval()

@@ -262,3 +262,34 @@ def test_sets_are_compared_on_request_too():
 def test_unknown_measures_are_refused(measures, error, message):
     with pytest.raises(error, match=message):
         quick(network(), data(), measures=measures)
+
+
+def test_every_measure_on_request_has_a_section(tmp_path):
+    names = ("expected_hessian", "spectral_density", "fisher_spectrum", "expected_fisher", "plane")
+    found = quick(network(), data(), measures=names)
+    assert set(found.extras) == set(names)
+    page = html.unescape(found.to_html(tmp_path / "page.html").read_text("utf-8"))
+    for title in (
+        "curved is the loss under dropout", "curvatures spread", "do the data determine",
+        "weights, under dropout", "landscape look like",
+    ):  # fmt: skip
+        assert title in page
+    twin = json.loads((tmp_path / "page.json").read_text("utf-8"))["numbers"]
+    assert twin["extras"]["expected_hessian"]["masks"] == "expected"
+    assert "eigenvectors" not in twin["extras"]["expected_hessian"]
+    assert len(twin["extras"]["plane"]["loss"]) == 11
+
+
+def test_flatness_under_masks_and_sharpness_join_by_default():
+    found = quick(network(), data())
+    assert found.expected_flatness.masks == "expected"
+    assert found.expected_flatness.draws == 8
+    assert found.sharpness.raw[0].n == 2
+    twin = found.to_dict()["numbers"]
+    assert twin["sharpness"]["scale_free"][0]["value"] == found.sharpness.scale_free[0].value
+    assert twin["expected_flatness"]["masks"] == "expected"
+    plain = quick(nn.Sequential(nn.Linear(6, 3)), data())
+    assert plain.expected_flatness is None
+    assert plain.not_measured["flatness under masks"] == (
+        "the network drops nothing whose law is known"
+    )

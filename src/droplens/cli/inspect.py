@@ -45,6 +45,15 @@ def inspect(  # noqa: PLR0913  # options of a command line
             ".safetensors. Code in the file is not run.",
         ),
     ] = None,
+    held_out: Annotated[
+        str | None,
+        typer.Option(
+            "--held-out",
+            metavar="MODULE:FACTORY|digits",
+            help="Data that was not trained on, where --data was: to split the gap between the "
+            "training loss of a log and the loss there into its causes.",
+        ),
+    ] = None,
     loss: LossOption = "cross_entropy",
     draws: DrawsOption = 100,
     measure: MeasureOption = None,
@@ -61,12 +70,14 @@ def inspect(  # noqa: PLR0913  # options of a command line
     with progress("Loading") as on_progress, _load.strangers():
         network = _load.network(model, weights)
         given, criterion = _load.data(data), _load.loss_of(loss)
+        apart = None if held_out is None else _load.data(held_out, test=True)
         from droplens.inspection import inspect as inspect_network
 
         found = inspect_network(
             network,
             given,
             criterion,
+            held_out=apart,
             draws=draws,
             measures=measure or (),
             seed=seed,
@@ -77,6 +88,7 @@ def inspect(  # noqa: PLR0913  # options of a command line
         [model],
         data=data,
         weights=weights,
+        held_out=held_out,
         loss=loss,
         draws=draws,
         measure=measure,

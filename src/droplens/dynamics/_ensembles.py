@@ -132,10 +132,21 @@ class EnsembleSums:
                 else:
                     self.others[2 * row : 2 * row + 2, k - 1] += mass * found
 
-    def estimates(self, summed: bool) -> Ensembles:
-        """With the bias of a finite number of draws removed by the jackknife."""
+    def estimates(self, summed: bool, drops: bool) -> Ensembles:
+        """With the bias of a finite number of draws removed by the jackknife.
+
+        Args:
+            summed: whether the loss is a sum.
+            drops: whether masks change anything; where they do not, all three are one.
+        """
         total = 1.0 if summed else self.masses
         scaled = self.scaled / total
+        if not drops:
+            one, nothing = exact(scaled), exact(0.0)
+            known = self.known
+            return Ensembles(
+                one, one, one if known else None, nothing, *([nothing if known else None] * 2)
+            )
         rows = [
             jackknife(float(whole) / total, others / total)
             for whole, others in zip(self.whole, self.others, strict=True)

@@ -129,7 +129,7 @@ def explain_gap(
         trained = _Training(model, family, loss, draws, source, live)
         for batch, targets in labelled(seen):
             trained.add(batch, targets)
-        validated = _Validation(model, family, loss, draws, source)
+        validated = _Validation(model, family, loss, draws if drops else 2, source)
         for batch, targets in labelled(unseen):
             validated.add(batch, targets)
     base, spread, shift, norm_mode, total = trained.estimates(summed, drops)
@@ -142,7 +142,7 @@ def explain_gap(
         Estimate(base - other, error, count, "validation examples"),
         total,
         exact(other),
-        validated.ensembles.estimates(summed),
+        validated.ensembles.estimates(summed, drops),
         draws,
         used_seed,
         {site.name: site.reason or "" for site in found if site.law is None},

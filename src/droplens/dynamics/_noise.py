@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from droplens.batches import n_examples
 from droplens.dynamics._masked import MaskedLoss, check_draws, check_sites
 from droplens.dynamics._pairs import mean_over_pairs, pairs_of
 from droplens.estimates import Estimate, exact
@@ -23,6 +24,7 @@ class GradientNoise:
             masks' variance.
         signal: ‖E_z ∇R(w, z)‖², the squared length of the mean gradient the noise lies on.
         parameters: how many trainable numbers the trace runs over.
+        examples: how many the batch holds.
         draws: masks drawn for each row, in pairs.
         seed: repeats the draws.
         unmeasured: sites without a law, and why; they were off.
@@ -32,6 +34,7 @@ class GradientNoise:
     by_site: Mapping[str, Estimate]
     signal: Estimate
     parameters: int
+    examples: int
     draws: int
     seed: int
     unmeasured: Mapping[str, str] = field(default_factory=dict)
@@ -98,6 +101,7 @@ def gradient_noise(
         {name: trace if lawful == [name] else at(name) for name in alone},
         mean_over_pairs(joint.signal, idle),
         sum(p.numel() for p in masked.parameters),
+        n_examples(inputs),
         draws,
         used_seed,
         masked.unmeasured,

@@ -17,8 +17,9 @@ from droplens.inspection._flatness import Scaled, outputs_of, scale_to_loss, sca
 from droplens.inspection._inspect import Inspection, Progress, accuracy_of, inspect
 from droplens.inspection._measures import OFFERED, RADII
 from droplens.inspection._verdicts import Sets, cost_verdicts, sets_verdict
-from droplens.measure import Flatness
+from droplens.measure import Flatness, Sharpness
 from droplens.measure import flatness as measure_flatness
+from droplens.measure import sharpness as measure_sharpness
 from droplens.randomness import private_generator
 from droplens.verdicts import Verdict
 
@@ -31,17 +32,19 @@ JUDGED_RADIUS = 0.5
 
 @dataclass(frozen=True)
 class EqualLoss:
-    """Flatness of every network with its outputs scaled so that all have one loss.
+    """Flatness and sharpness of networks whose outputs are scaled so that all have one loss.
 
     Args:
         loss: the common loss, that of the worst network.
         scales: τ of every network, by set.
         flatness: of the scaled networks, by set.
+        sharpness: likewise.
     """
 
     loss: float
     scales: Mapping[str, tuple[float, ...]]
     flatness: Mapping[str, tuple[Flatness, ...]]
+    sharpness: Mapping[str, tuple[Sharpness, ...]]
 
 
 @dataclass(frozen=True)
@@ -134,7 +137,8 @@ def compare(  # noqa: PLR0913  # the last seven are keywords with defaults
         models: a network or several by name, such as {"with": [a1, a2], "without": [b1, b2]}.
         data: a pair (inputs, targets), a TensorDataset, or a DataLoader; streamed, never held.
         loss: a loss object, such as `nn.CrossEntropyLoss()`.
-        held_out: data that was not trained on, to compare the losses there.
+        held_out: data that was not trained on, to compare the losses there, and to split the gap
+            between a logged training loss and the loss there into its causes.
         draws: masks to draw for the cost of every network.
         directions: random directions for the flatness; the same for every network.
         measures: names of measures to make on request, as for `inspect`.
@@ -150,7 +154,8 @@ def compare(  # noqa: PLR0913  # the last seven are keywords with defaults
         ValueError: if there is nothing to compare, data or weights are bad, or a measure's name is
             unknown.
     """
-    sets, asked = _checked_sets(models), checked_names(measures)
+    sets = _checked_sets(models)
+    asked = checked_names(measures if held_out is None else (*measures, "gap"))
     tell = on_progress or (lambda share, doing: None)
     batches = checked_passes(data, next(iter(sets.values()))[0])
     _, used_seed = private_generator(generator, seed)
@@ -168,6 +173,7 @@ def compare(  # noqa: PLR0913  # the last seven are keywords with defaults
                     network,
                     batches,
                     loss,
+                    held_out=held_out,
                     draws=draws,
                     directions=directions,
                     measures=asked,
@@ -303,17 +309,22 @@ def _at_equal_loss(
     target = max(scaled_loss(found, loss, 1.0) for each in outputs.values() for found in each)
     scales: dict[str, tuple[float, ...]] = {}
     curves: dict[str, tuple[Flatness, ...]] = {}
+    noise: dict[str, tuple[Sharpness, ...]] = {}
     for name, networks in sets.items():
         found = [scale_to_loss(each, loss, target) for each in outputs[name]]
         usable = [scale for scale in found if scale is not None]
         if len(usable) < len(found):
             return None
         scales[name] = tuple(usable)
+        scaled = [Scaled(m, scale) for m, scale in zip(networks, usable, strict=True)]
         curves[name] = tuple(
-            measure_flatness(Scaled(m, scale), batches, loss, directions, RADII, seed=seed)
-            for m, scale in zip(networks, usable, strict=True)
+            measure_flatness(m, batches, loss, directions, RADII, seed=seed) for m in scaled
         )
-    return EqualLoss(target, scales, curves)
+        noise[name] = tuple(
+            measure_sharpness(m, batches, loss, directions=max(2, directions), seed=seed)
+            for m in scaled
+        )
+    return EqualLoss(target, scales, curves, noise)
 
 
 def _held_out(sets: Mapping[str, Sequence[nn.Module]], data: Any, loss: nn.Module) -> HeldOut:

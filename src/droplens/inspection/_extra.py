@@ -21,6 +21,7 @@ class Subject:
         sizes: how large the network's tensors are.
         directions: how many random directions were asked for.
         seed: of everything sampled; the same for every network of a comparison.
+        held_out: data that was not trained on, if there is any.
     """
 
     model: nn.Module
@@ -29,6 +30,7 @@ class Subject:
     sizes: Sizes
     directions: int
     seed: int
+    held_out: Batches | None = None
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ from droplens.inspection._attempt import attempt
 from droplens.inspection._extra import Extra, Subject
 from droplens.inspection._geometry import GEOMETRY
 from droplens.inspection._landscape import LANDSCAPE
+from droplens.inspection._training import TRAINING
 
-EXTRAS: Final[Mapping[str, Extra]] = {**LANDSCAPE, **GEOMETRY}
+EXTRAS: Final[Mapping[str, Extra]] = {**LANDSCAPE, **GEOMETRY, **TRAINING}
 
 
 def checked_names(measures: Sequence[str]) -> tuple[str, ...]:

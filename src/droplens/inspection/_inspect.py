@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from droplens.batches import checked_passes, predicts_next_token
+from droplens.batches import as_batches, checked_passes, predicts_next_token
 from droplens.discovery import KEPT_IN_EVAL, Site
 from droplens.discovery import sites as find_sites
 from droplens.inspection._cost import Cost, cost_of
@@ -17,6 +17,7 @@ from droplens.inspection._extras import checked_names, measured_on_request, offe
 from droplens.inspection._flatness import outputs_of, scaled_loss
 from droplens.inspection._measures import OFFERED, measures_of
 from droplens.inspection._sizes import Sizes, sizes_of, targets_of
+from droplens.inspection._training import gap_verdicts
 from droplens.inspection._verdicts import MOST_SITES, cost_verdicts, equalisation_verdicts
 from droplens.losses import HessianOnlyError, Squared
 from droplens.losses import family as family_of
@@ -26,6 +27,7 @@ from droplens.measure import (
     Fisher,
     Flatness,
     Hessian,
+    Sharpness,
     Spectrum,
     equalization,
 )
@@ -57,6 +59,8 @@ class Inspection:
         fisher: trace and diagonal of the Fisher information.
         hessian: trace and largest eigenvalues of the loss's Hessian.
         flatness: loss along random filter-normalised directions.
+        expected_flatness: the same for the loss averaged over masks; None if nothing is dropped.
+        sharpness: mean increase of the loss under noise on the weights, raw and scale-free.
         extras: the measures asked for by name.
         verdicts: plain sentences with their rules.
         not_measured: what is missing, and why.
@@ -78,6 +82,8 @@ class Inspection:
     fisher: Fisher | None
     hessian: Hessian | None
     flatness: Flatness | None
+    expected_flatness: Flatness | None
+    sharpness: Sharpness | None
     extras: Mapping[str, Any]
     verdicts: tuple[Verdict, ...]
     not_measured: Mapping[str, str]
@@ -119,11 +125,12 @@ class Inspection:
         return render_fragment(self.to_document())
 
 
-def inspect(  # noqa: PLR0913  # the last six are keywords with defaults
+def inspect(  # noqa: PLR0913  # the last seven are keywords with defaults
     model: nn.Module,
     data: Any,
     loss: nn.Module,
     *,
+    held_out: Any = None,
     draws: int = 100,
     directions: int = 8,
     measures: Sequence[str] = (),
@@ -142,6 +149,8 @@ def inspect(  # noqa: PLR0913  # the last six are keywords with defaults
         data: a pair (inputs, targets), a TensorDataset, or a DataLoader, also of mappings that hold
             "labels"; streamed, never held.
         loss: a loss object, such as `nn.CrossEntropyLoss()`.
+        held_out: data that was not trained on, if `data` was: the gap between the training loss of
+            a log and the loss there is split into its causes ("gap" in `extras`).
         draws: masks to draw for the cost, and for that of each site alone.
         directions: random directions for the flatness.
         measures: names of measures that take longer and are made on request; a page lists under
@@ -158,7 +167,7 @@ def inspect(  # noqa: PLR0913  # the last six are keywords with defaults
         ValueError: if data or weights hold NaN or Inf, labels are out of range, data is empty, or a
             measure's name is unknown.
     """
-    asked = checked_names(measures)
+    asked = checked_names(measures if held_out is None else (*measures, "gap"))
     tell = on_progress or (lambda share, doing: None)
     family = family_of(loss)
     batches = checked_passes(data, model)
@@ -198,12 +207,15 @@ def inspect(  # noqa: PLR0913  # the last six are keywords with defaults
     left = measures_of(model, batches, loss, sizes, directions, used_seed, not_measured, tell_rest)
     if asked:
         tell(0.75, "Measuring what was asked for")
-    subject = Subject(model, batches, loss, sizes, directions, used_seed)
+    apart = None if held_out is None else as_batches(held_out, model)
+    subject = Subject(model, batches, loss, sizes, directions, used_seed, apart)
     extras = measured_on_request(asked, subject, not_measured)
     unit = "units of the loss" if isinstance(family, Squared) else "nats"
     outputs = outputs_of(model, batches)
     verdicts = cost_verdicts(cost, unit) if cost is not None else []
     verdicts += equalisation_verdicts(equal, layers)
+    if "gap" in extras:
+        verdicts += gap_verdicts(extras["gap"], unit)
     tell(1.0, "Done")
     return Inspection(
         found,
@@ -217,6 +229,8 @@ def inspect(  # noqa: PLR0913  # the last six are keywords with defaults
         left.fisher,
         left.hessian,
         left.flatness,
+        left.expected_flatness,
+        left.sharpness,
         extras,
         tuple(verdicts),
         not_measured | OFFERED | offers(asked),

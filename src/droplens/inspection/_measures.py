@@ -9,11 +9,13 @@ from torch import nn
 from droplens.batches import Batches
 from droplens.inspection._attempt import attempt
 from droplens.inspection._sizes import MOST_COVER, MOST_EXACT, MOST_WEIGHTS, Sizes
+from droplens.layers import parameter_of, weighted_layers
 from droplens.measure import (
     Condensation,
     Fisher,
     Flatness,
     Hessian,
+    Sharpness,
     Spectrum,
     condensation,
     neurons,
@@ -21,11 +23,16 @@ from droplens.measure import (
 from droplens.measure import fisher as measure_fisher
 from droplens.measure import flatness as measure_flatness
 from droplens.measure import hessian as measure_hessian
+from droplens.measure import sharpness as measure_sharpness
 from droplens.measure import spectrum as measure_spectrum
 
 Tell = Callable[[float, str], None]
 
 RADII: Final = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
+# Under masks every point costs as many passes as there are draws.
+MASKED_RADII: Final = (0.0, 0.5, 1.0)
+MASKED_DIRECTIONS: Final = 4
+MASKS: Final = 8
 TOP: Final = 3
 _PROBES = 16
 _LABELS = 10
@@ -47,6 +54,8 @@ class Measures:
     fisher: Fisher | None
     hessian: Hessian | None
     flatness: Flatness | None
+    expected_flatness: Flatness | None
+    sharpness: Sharpness | None
 
 
 def measures_of(
@@ -91,7 +100,32 @@ def measures_of(
         "flatness",
         lambda: measure_flatness(model, batches, loss, directions, RADII, seed=seed),
     )
-    return Measures(spectra, covers, information, curvature, flat)
+    tell(0.8, "Shaking the weights")
+    sharp = attempt(
+        not_measured,
+        "sharpness",
+        lambda: measure_sharpness(model, batches, loss, directions=max(2, directions), seed=seed),
+    )
+    tell(0.9, "Walking with masks on")
+    masked = None
+    if not sizes.gates:
+        not_measured["flatness under masks"] = "the network drops nothing whose law is known"
+    else:
+        masked = attempt(
+            not_measured,
+            "flatness under masks",
+            lambda: measure_flatness(
+                model,
+                batches,
+                loss,
+                min(MASKED_DIRECTIONS, directions),
+                MASKED_RADII,
+                "expected",
+                draws=MASKS,
+                seed=seed,
+            ),
+        )
+    return Measures(spectra, covers, information, curvature, flat, masked, sharp)
 
 
 def _spectra(model: nn.Module) -> dict[str, Spectrum]:
@@ -117,8 +151,9 @@ def _condensations(model: nn.Module, not_measured: dict[str, str]) -> dict[str, 
 def _other_weights(model: nn.Module) -> dict[str, str]:
     """Weight matrices that belong to no layer of a known kind."""
     # A tensor of two names (tied embeddings) is listed where a layer owns it.
+    known = {id(parameter_of(layer, "weight")) for layer in weighted_layers(model).values()}
     own = {layer.module for layer in neurons(model)}
-    known = {id(p) for module in own for p in module.parameters(recurse=False)}
+    known |= {id(p) for module in own for p in module.parameters(recurse=False)}
     names, kinds = [], set()
     for path, module in model.named_modules():
         for local, parameter in module.named_parameters(recurse=False):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from droplens.losses._families import Family
+from droplens.losses._family import Family
 from droplens.quadrature import covariance_factor, normal_points
 
 Layout = Literal["elements", "classes"]

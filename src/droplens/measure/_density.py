@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -79,7 +79,7 @@ class SpectralDensity:
     width: float
     trace: Estimate
     negative: Estimate
-    quadrature: Quadrature
+    quadrature: Quadrature = field(repr=False)
     matrix: Matrix
     masks: Masks
     draws: int

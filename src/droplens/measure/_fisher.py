@@ -1,7 +1,7 @@
 """Fisher information of the weights: trace and diagonal (theory §4; P3, P11)."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, get_args
 
 import torch
@@ -38,8 +38,8 @@ class Fisher:
     """
 
     trace: Estimate
-    diagonal: Mapping[str, Tensor]
-    standard_error: Mapping[str, Tensor] | None
+    diagonal: Mapping[str, Tensor] = field(repr=False)
+    standard_error: Mapping[str, Tensor] | None = field(repr=False)
     method: Method
     how: Mapping[str, str]
     masks: Masks

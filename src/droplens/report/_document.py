@@ -28,19 +28,28 @@ class Column:
 class Table:
     """Rows of cells under columns with units. The first column names the row.
 
+    A name of two lines has a heading and what it stands for. `links` are the ids of the verdicts
+    that the rows lead to, one a row.
+
     Raises:
-        ValueError: if a row has another length than `columns`, or `caption` is empty.
+        ValueError: if a row has another length than `columns`, `caption` is empty, or `links` are
+            not as many as the rows.
     """
 
     columns: Sequence[Column]
     rows: Sequence[Sequence[Cell]]
     caption: str
     note: str = ""
+    links: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         _require(self.caption, "caption")
         object.__setattr__(self, "columns", tuple(self.columns))
         object.__setattr__(self, "rows", tuple(tuple(row) for row in self.rows))
+        if self.links and len(self.links) != len(self.rows):
+            raise ValueError(
+                f"links has to hold one id a row, {len(self.rows)}, but got {len(self.links)}"
+            )
         for row in self.rows:
             if len(row) != len(self.columns):
                 raise ValueError(

@@ -7,11 +7,12 @@ from droplens.inspection import Inspection
 from droplens.report._document import Section
 from droplens.report._geometry import GEOMETRY
 from droplens.report._landscape import LANDSCAPE
+from droplens.report._training import TRAINING
 
 # Results by set (those of its networks, in order) and the loss's unit; told as a section.
 Tell = Callable[[Mapping[str, Sequence[Any]], str], Section]
 
-SECTIONS: Final[Mapping[str, Tell]] = {**LANDSCAPE, **GEOMETRY}
+SECTIONS: Final[Mapping[str, Tell]] = {**LANDSCAPE, **GEOMETRY, **TRAINING}
 
 
 def extra_sections(sets: Mapping[str, Sequence[Inspection]], unit: str) -> list[Section]:

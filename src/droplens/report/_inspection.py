@@ -6,10 +6,11 @@ from typing import Any
 from droplens.estimates import Estimate, mean_estimate
 from droplens.inspection import Comparison, Cost, HeldOut, Inspection, SiteCost
 from droplens.inspection._cost import PROBES
-from droplens.measure import Equalization, Flatness
+from droplens.measure import Equalization
 from droplens.report._document import Column, Document, Figure, NotMeasured, Section, Table
 from droplens.report._extras import extra_sections
-from droplens.report._figures import Curve, bars, dots, lines, spectra, split
+from droplens.report._figures import bars, dots, spectra, split
+from droplens.report._flatness import flatness_section
 from droplens.report._twin import inspection_numbers, numbers_of
 from droplens.report._weights import over, weights_sections
 
@@ -26,16 +27,6 @@ _EQUAL_TEXT = (
     "activation. Dropout's penalty is smallest, at a given map, when all are equal: that is what "
     "the participation counts, from 1 (one unit does everything) to the number of units."
 )
-_FLAT_TEXT = (
-    "The loss along random directions in which every row of a weight is scaled to the row's own "
-    "norm, biases kept. A flat minimum rises little."
-)
-_EQUAL_LOSS_TEXT = (
-    "A network that fits better is flatter for no reason of shape, because the curvature of the "
-    "cross-entropy fades with confidence. So the outputs of every network were first multiplied "
-    "by a number τ ≤ 1, which is the same as scaling its last layer, until all had the loss of "
-    "the worst network."
-)
 
 
 def inspection_document(inspection: Inspection, title: str) -> Document:
@@ -46,10 +37,7 @@ def inspection_document(inspection: Inspection, title: str) -> Document:
         sections.append(_cost_section({"this network": inspection.cost}, unit))
     if inspection.equalization:
         sections.append(_equalisation_section({"this network": [inspection]}))
-    if inspection.flatness is not None:
-        curves = {"this network": [inspection.flatness]}
-        figure = _flatness_figure(curves, "Loss along random directions", unit)
-        sections.append(Section("How flat is the minimum?", _FLAT_TEXT, [figure]))
+    sections += flatness_section({"this network": [inspection]}, None, unit)
     sections += weights_sections({"this network": [inspection]}, unit)
     sections += extra_sections({"this network": [inspection]}, unit)
     accuracy = inspection.accuracy
@@ -78,7 +66,7 @@ def comparison_document(comparison: Comparison, title: str) -> Document:
         sections.append(_cost_section(costly, unit))
     if any(i.equalization for found in sets.values() for i in found):
         sections.append(_equalisation_section(sets))
-    sections.append(_flatness_section(comparison))
+    sections += flatness_section(sets, comparison.equal_loss, unit)
     sections += weights_sections(sets, unit)
     sections += extra_sections(sets, unit)
     sections.append(_sites_section(first))
@@ -316,56 +304,4 @@ def _scores_figure(equal: Mapping[str, Equalization]) -> Figure:
         title="Importance of every unit",
         quantity="importance s (units of the outputs)",
         caption="Units in falling order of importance; a flat line is an equalised layer.",
-    )
-
-
-def _flatness_section(comparison: Comparison) -> Section:
-    unit = comparison.unit
-    blocks: list[Any] = []
-    if comparison.equal_loss is not None:
-        equal = comparison.equal_loss
-        blocks.append(
-            _flatness_figure(
-                equal.flatness, f"At equal loss ({equal.loss:.4g} {unit})", unit, rise=True
-            )
-        )
-        rows = [(name, over(scales)) for name, scales in equal.scales.items()]
-        blocks.append(
-            Table([Column("set"), Column("τ")], rows, "What the outputs were multiplied by")
-        )
-    raw = {
-        name: [i.flatness for i in found if i.flatness is not None]
-        for name, found in comparison.sets.items()
-    }
-    if all(raw.values()):
-        blocks.append(_flatness_figure(raw, "As trained", unit, rise=True))
-    return Section("How flat is the minimum?", f"{_FLAT_TEXT} {_EQUAL_LOSS_TEXT}", blocks)
-
-
-def _flatness_figure(
-    sets: Mapping[str, Sequence[Flatness]], title: str, unit: str, rise: bool = False
-) -> Figure:
-    """Mean over networks (over directions for one) with a 95% band."""
-    curves = {}
-    for name, found in sets.items():
-        columns = list(zip(*((f.increase if rise else f.loss) for f in found), strict=True))
-        if len(found) > 1:
-            points = [mean_estimate([e.value for e in column], "networks") for column in columns]
-        else:
-            points = [column[0] for column in columns]
-        bands = [point.interval() for point in points]
-        curves[name] = Curve(
-            list(found[0].radii),
-            [point.value for point in points],
-            [low for low, _ in bands],
-            [high for _, high in bands],
-        )
-    over = "networks" if any(len(found) > 1 for found in sets.values()) else "directions"
-    directions = len(next(iter(sets.values()))[0].values)
-    return lines(
-        curves,
-        title=title,
-        x="radius (share of every filter's norm)",
-        y=f"{'loss increase' if rise else 'loss'} ({unit})",
-        caption=f"{directions} directions a network; bands are 95% intervals over {over}.",
     )

@@ -1,17 +1,149 @@
 """Sections for measures on request of the loss landscape and the Fisher information."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
-from droplens.measure import Hessian
-from droplens.report._document import Section
-from droplens.report._weights import hessian_section
+from droplens.estimates import Estimate
+from droplens.measure import Fisher, FisherSpectrum, Hessian, Plane, SpectralDensity
+from droplens.report._document import Column, Figure, Section, Table
+from droplens.report._figures import Curve, lines
+from droplens.report._weights import hessian_section, over, pooled
 
 
 def _sharper(sets: Mapping[str, Sequence[Hessian]], unit: str) -> Section:
     return hessian_section(sets, unit, "How curved is the loss, more closely?")
 
 
+def _under_masks(sets: Mapping[str, Sequence[Hessian]], unit: str) -> Section:
+    draws = max(h.draws for found in sets.values() for h in found)
+    title = "How curved is the loss under dropout?"
+    return hessian_section(sets, unit, title, f"averaged over {draws} masks")
+
+
+def _density(sets: Mapping[str, Sequence[SpectralDensity]], unit: str) -> Section:
+    rows = [
+        (n, pooled([d.trace for d in found]), pooled([d.negative for d in found]))
+        for n, found in sets.items()
+    ]
+    columns = [Column("set"), Column("trace", unit), Column("of it negative", unit)]
+    firsts = {name: found[0] for name, found in sets.items()}
+    curves = {name: _band(found) for name, found in firsts.items()}
+    widths = " and ".join(f"{d.width:.3g}" for d in firsts.values())
+    figure = lines(
+        curves,
+        title="Spectral density of the Hessian",
+        x=f"eigenvalue ({unit})",
+        y=f"density (1/{unit})",
+        caption=f"Every eigenvalue stands for a normal bump of width {widths}; bands are 95% "
+        f"intervals over {next(iter(firsts.values())).trace.over}."
+        + (" Of the first network of each set." if len(sets) > 1 else ""),
+    )
+    return Section(
+        "How are the curvatures spread?",
+        "By stochastic Lanczos quadrature. Most directions of a trained network are flat; a few "
+        "carry the curvature, and negative ones are ways down that training has not taken.",
+        [figure, Table(columns, rows, "Sums over the spectrum")],
+    )
+
+
+def _band(found: SpectralDensity) -> Curve:
+    bands = [estimate.interval() for estimate in found.density]
+    return Curve(
+        found.grid.tolist(),
+        [estimate.value for estimate in found.density],
+        [low for low, _ in bands],
+        [high for _, high in bands],
+    )
+
+
+def _fisher_spectrum(sets: Mapping[str, Sequence[FisherSpectrum]], unit: str) -> Section:
+    rows: list[tuple[Any, ...]] = []
+    for name, found in sets.items():
+        tops = zip(*(f.top_eigenvalues.tolist() for f in found), strict=True)
+        dimension = pooled([f.effective_dimension for f in found])
+        rows.append((name, dimension, found[0].damping, *map(over, tops)))
+    columns = [
+        Column("set"),
+        Column("effective dimension", "directions"),
+        Column("τ", unit),
+        *(Column(f"λ{k}", unit) for k in range(1, len(rows[0]) - 2)),
+    ]
+    return Section(
+        "How many directions of the weights do the data determine?",
+        "The effective dimension of the Fisher information is Σ λ/(λ + τ): eigenvalues well above "
+        "τ count as one, those well below as nothing.",
+        [Table(columns, rows, "Spectrum of the Fisher information, dropout off")],
+    )
+
+
+def _fisher_under_masks(sets: Mapping[str, Sequence[Fisher]], unit: str) -> Section:
+    rows: list[tuple[str, Estimate]] = [
+        (name, pooled([f.trace for f in found])) for name, found in sets.items()
+    ]
+    draws = max(f.draws for found in sets.values() for f in found)
+    table = Table(
+        [Column("set"), Column("trace of the Fisher information", unit)],
+        rows,
+        f"Exact over all classes, averaged over {draws} masks",
+    )
+    return Section("How sharp are the predictions in the weights, under dropout?", "", [table])
+
+
+def _planes(sets: Mapping[str, Sequence[Plane]], unit: str) -> Section:
+    firsts = {name: found[0] for name, found in sets.items()}
+    figures = [_surface(found, f"Loss on a plane ({name})", unit) for name, found in firsts.items()]
+    return Section(
+        "What does the landscape look like?",
+        "The loss on the plane of two random directions whose every row is scaled to the norm of "
+        "the weights' own row; the network lies at (0, 0). The darker, the higher.",
+        figures,
+    )
+
+
+def _surface(found: Plane, title: str, unit: str) -> Figure:
+    import altair as alt
+
+    records = [
+        {"x": x, "y": y, "loss": value}
+        for y, row in zip(found.y, found.loss.tolist(), strict=True)
+        for x, value in zip(found.x, row, strict=True)
+        if math.isfinite(value)
+    ]
+    x, y = "first direction (share of the norms)", "second direction (share of the norms)"
+    chart = (
+        alt.Chart(alt.InlineData(values=records))
+        .mark_rect(color="var(--series-1)")
+        .encode(
+            x=alt.X("x:O", title=x, axis=alt.Axis(labelAngle=0)),
+            y=alt.Y("y:O", title=y, sort="descending"),
+            opacity=alt.Opacity(
+                "loss:Q", scale=alt.Scale(type="sqrt", range=[0.04, 1]), legend=None
+            ),
+            tooltip=[
+                alt.Tooltip("x:O", title="first"),
+                alt.Tooltip("y:O", title="second"),
+                alt.Tooltip("loss:Q", title=f"loss ({unit})", format=".4"),
+            ],
+        )
+    )
+    data = Table(
+        (Column(x), Column(y), Column("loss", unit)),
+        [(r["x"], r["y"], r["loss"]) for r in records],
+        caption=f"Numbers behind “{title}”",
+    )
+    low, high = min(r["loss"] for r in records), max(r["loss"] for r in records)
+    caption = f"From {low:.4g} to {high:.4g} {unit}."
+    if found.not_finite:
+        caption += f" At {found.not_finite} of the points the loss is NaN or infinite."
+    return Figure(chart.properties(height=320), title, x, y, caption, data)
+
+
 LANDSCAPE: Final[Mapping[str, Callable[[Mapping[str, Sequence[Any]], str], Section]]] = {
     "hessian": _sharper,
+    "expected_hessian": _under_masks,
+    "spectral_density": _density,
+    "fisher_spectrum": _fisher_spectrum,
+    "expected_fisher": _fisher_under_masks,
+    "plane": _planes,
 }

@@ -64,6 +64,7 @@ def templates() -> "Environment":
         slug=_slug,
         wordy=_wordy,
     )
+    templates.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "ensure_ascii": False}
     templates.globals.update(drawn=_drawn, ruler=ruler, kind=_kind, parts=format_parts)
     return templates
 
@@ -91,10 +92,24 @@ def _kind(block: object) -> str:
     return kinds[type(block)]
 
 
-def _wordy(table: Table) -> list[bool]:
-    """Which columns hold words: they read from the left, numbers from the right."""
+_BRIEF: Final = 14
+
+
+def _wordy(table: Table) -> list[str]:
+    """A class for every column of words: they read from the left, numbers from the right.
+
+    Brief words stay on one line; a column with names of two lines takes what room there is.
+    """
     cells = zip(*table.rows, strict=True) if table.rows else [()] * len(table.columns)
-    return [any(isinstance(cell, str) for cell in column) for column in cells]
+    return [_words([cell for cell in column if isinstance(cell, str)]) for column in cells]
+
+
+def _words(cells: Sequence[str]) -> str:
+    if not cells:
+        return ""
+    if any("\n" in cell for cell in cells):
+        return "words told"
+    return "words brief" if max(map(len, cells)) <= _BRIEF else "words"
 
 
 def _shown(table: Table) -> Sequence[Sequence[Any]]:

@@ -1,7 +1,7 @@
 """The numbers of an inspection for its JSON twin."""
 
 from collections.abc import Mapping
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from typing import Any, Final
 
 from torch import Tensor
@@ -60,10 +60,13 @@ def inspection_numbers(inspection: Inspection) -> dict[str, Any]:
         if inspection.hessian is None
         else {
             "trace": inspection.hessian.trace,
+            "relative_trace": inspection.hessian.relative_trace,
             "top_eigenvalues": inspection.hessian.top_eigenvalues.tolist(),
             "residuals": inspection.hessian.residuals.tolist(),
         },
         "flatness": numbers_of(inspection.flatness),
+        "expected_flatness": numbers_of(inspection.expected_flatness),
+        "sharpness": numbers_of(inspection.sharpness),
         "extras": {name: numbers_of(found) for name, found in inspection.extras.items()},
     }
 
@@ -75,7 +78,8 @@ def numbers_of(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.tolist() if value.numel() <= _MOST_NUMBERS else None
     if is_dataclass(value) and not isinstance(value, type):
-        return {name: numbers_of(getattr(value, name)) for name in value.__dataclass_fields__}
+        # What a result does not print is as large as the weights.
+        return {f.name: numbers_of(getattr(value, f.name)) for f in fields(value) if f.repr}
     if isinstance(value, Mapping):
         return {key: numbers_of(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

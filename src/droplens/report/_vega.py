@@ -40,6 +40,8 @@ _STYLE: Final[dict[str, Any]] = {
         "labelFontSize": 12,
         "labelLimit": 260,
         "symbolSize": 90,
+        # A reader without these fonts has wider ones: leave room between the entries.
+        "columnPadding": 22,
         "offset": 12,
     },
     "title": {"color": "var(--ink)"},
@@ -55,7 +57,7 @@ def styled(chart: Mapping[str, Any]) -> dict[str, Any]:
 
     A single or layered view is as wide as its place on the page.
     """
-    specification = copy.deepcopy(dict(chart))
+    specification = {key: _short(value) for key, value in chart.items()}
     specification["config"] = _merged(_STYLE, specification.get("config", {}))
     if any(key in specification for key in _SINGLE_VIEW) and "width" not in specification:
         specification["width"] = "container"
@@ -79,7 +81,8 @@ def static_svg(specification: Mapping[str, Any]) -> str:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"chart cannot be drawn: {reason}") from error
     svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<[^>]+>", lambda tag: _rounded(tag[0]), svg)
+    svg = re.sub(r"<[^>]+>", lambda tag: _lean(_rounded(tag[0])), svg)
+    svg = _EMPTY.sub("", svg)
     size = re.search(r'<svg([^>]*?) width="[\d.]+" height="[\d.]+"', svg)
     return svg if size is None else svg.replace(size[0], f"<svg{size[1]}", 1)
 
@@ -99,10 +102,33 @@ def script_bundle() -> str:
     return bundle
 
 
+def _short(value: Any) -> Any:
+    """A copy with six digits to a number: more than a picture shows, fewer than half the page."""
+    if isinstance(value, Mapping):
+        return {key: _short(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_short(inner) for inner in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
 def _rounded(tag: str) -> str:
     # Hundredths of a pixel are enough; sixteen digits double the page. Labels stand between
     # tags, not in them, and keep every digit.
     return re.sub(r"\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}", tag)
+
+
+# What the renderer writes to every mark though it is the default, or the same everywhere: the
+# style sheet says the font once.
+_REDUNDANT: Final = re.compile(
+    r' (?:(?:fill-)?opacity="1"|stroke-width="1"|stroke-dasharray=""|pointer-events="none"'
+    r'|aria-hidden="true"|font-weight="normal"|font-size="12px"|font-family="[^"]*"'
+    r'|role="graphics-[^"]*"|aria-roledescription="[^"]*"|class="(?!mark-[a-z]+ role-mark)[^"]*")'
+)
+_EMPTY: Final = re.compile(r'<path(?: d="M0,0h0v0h0Z")?(?: d="" display="none")?/>|<text[^>]*/>')
+
+
+def _lean(tag: str) -> str:
+    return tag if tag.startswith("<svg") else _REDUNDANT.sub("", tag)
 
 
 def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

@@ -110,7 +110,7 @@ def _condensation_section(sets: Mapping[str, Sequence[Inspection]]) -> Section:
 
 def _fisher_section(sets: Mapping[str, Sequence[Inspection]], unit: str) -> Section:
     informed = {n: [i.fisher for i in found if i.fisher is not None] for n, found in sets.items()}
-    rows = [(name, _pooled([f.trace for f in found])) for name, found in informed.items()]
+    rows = [(name, pooled([f.trace for f in found])) for name, found in informed.items()]
     exact = all(f.method == "exact" for found in informed.values() for f in found)
     table = Table(
         [Column("set"), Column("trace of the Fisher information", unit)],
@@ -121,23 +121,32 @@ def _fisher_section(sets: Mapping[str, Sequence[Inspection]], unit: str) -> Sect
     return Section("How sharp are the predictions in the weights?", "", [table])
 
 
-def hessian_section(sets: Mapping[str, Sequence[Hessian]], unit: str, title: str) -> Section:
-    """Trace and top eigenvalues of the loss's Hessian, by set."""
+def hessian_section(
+    sets: Mapping[str, Sequence[Hessian]], unit: str, title: str, masks: str = "dropout off"
+) -> Section:
+    """Traces and top eigenvalues of the loss's Hessian, by set."""
     rows = []
     for name, curved in sets.items():
         tops = zip(*(h.top_eigenvalues.tolist() for h in curved), strict=True)
-        rows.append((name, _pooled([h.trace for h in curved]), *map(over, tops)))
-    ranks = range(1, len(rows[0]) - 1)
-    columns = [Column("set"), Column("trace", unit), *(Column(f"λ{k}", unit) for k in ranks)]
+        traces = ([h.trace for h in curved], [h.relative_trace for h in curved])
+        rows.append((name, *map(pooled, traces), *map(over, tops)))
+    columns = [
+        Column("set"),
+        Column("trace", unit),
+        Column("relative trace", unit),
+        *(Column(f"λ{k}", unit) for k in range(1, len(rows[0]) - 2)),
+    ]
     table = Table(
         columns,
         rows,
-        "Hessian of the loss, dropout off",
-        "The trace of one network is an estimate over random probes; means over the networks of "
-        "a set come with standard errors over them.",
+        f"Hessian of the loss, {masks}",
+        "The relative trace Σ w²H weighs every weight by its square, so that it stays when weights "
+        "are rescaled without changing the network. The traces of one network are estimates over "
+        "random probes; means over the networks of a set come with standard errors over them.",
     )
     return Section(title, _HESSIAN_TEXT, [table])
 
 
-def _pooled(values: Sequence[Estimate]) -> Estimate:
+def pooled(values: Sequence[Estimate]) -> Estimate:
+    """The mean over networks; a single one keeps its own error."""
     return values[0] if len(values) == 1 else mean_estimate([v.value for v in values], "networks")

@@ -1,0 +1,132 @@
+"""Measures on request of what dropout does to training: its noise, its gap, its equals."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Final
+
+from torch import Tensor
+
+from droplens.batches import Batch, n_examples, rows_of
+from droplens.dynamics import (
+    Alignment,
+    GapExplained,
+    GradientNoise,
+    explain_gap,
+    gradient_noise,
+    noise_alignment,
+)
+from droplens.inspection._extra import Extra, Subject
+from droplens.inspection._sizes import MOST_PASSES, MOST_WEIGHTS, targets_of
+from droplens.masks import Bernoulli, Block, Channel, Law, Path
+from droplens.penalties import EquivalentRates, equivalent_rates
+from droplens.verdicts import Verdict
+
+_NOISE_DRAWS: Final = 50
+_GAP_DRAWS: Final = 50
+# Examples of the first batch that gradients under masks are taken on.
+_MOST_EXAMPLES: Final = 2048
+_LAWS: Final[Mapping[str, Law]] = {
+    "a coin per unit (Dropout)": Bernoulli(0.5),
+    "a coin per channel (Dropout2d)": Channel(0.5),
+    "blocks of 3 (DropBlock)": Block(0.5, 3),
+    "a coin per example (DropPath)": Path(0.5),
+}
+
+
+def _first(on: Subject) -> tuple[Batch, Tensor]:
+    batch = next(iter(on.batches))
+    rows = slice(0, min(n_examples(batch.inputs), _MOST_EXAMPLES))
+    return Batch(rows_of(batch.inputs, rows), None), targets_of(batch.targets)[rows]
+
+
+def _noise(on: Subject) -> GradientNoise:
+    batch, targets = _first(on)
+    return gradient_noise(on.model, batch.inputs, targets, on.loss, _NOISE_DRAWS, seed=on.seed)
+
+
+def _alignment(on: Subject) -> Alignment:
+    if on.sizes.weights > MOST_WEIGHTS:
+        raise ValueError(
+            f"its vectors are too large for a page ({on.sizes.weights:,} trainable numbers); "
+            "droplens.dynamics.noise_alignment measures it"
+        )
+    batch, targets = _first(on)
+    return noise_alignment(on.model, batch.inputs, targets, on.loss, seed=on.seed)
+
+
+def _gap(on: Subject) -> GapExplained:
+    if on.held_out is None:
+        raise ValueError("it needs data that was not trained on; pass held_out=")
+    return explain_gap(on.model, on.batches, on.held_out, on.loss, _GAP_DRAWS, seed=on.seed)
+
+
+def _rates(on: Subject) -> EquivalentRates:
+    """Of every law that fits the sites.
+
+    Raises:
+        ValueError: if none does, or it takes too long for a page.
+    """
+    if on.sizes.passes > MOST_PASSES:
+        raise ValueError(
+            f"it takes {on.sizes.passes:,} backward passes over a batch, several times; "
+            "droplens.equivalent_rates computes it all the same"
+        )
+    batch, targets = _first(on)
+    found: EquivalentRates | None = None
+    unfit: dict[str, str] = {}
+    for name, law in _LAWS.items():
+        try:
+            one = equivalent_rates(on.model, batch.inputs, on.loss, {name: law}, targets=targets)
+        except ValueError as error:
+            unfit[name] = str(error)
+            continue
+        if found is None:
+            found = one
+        found = replace(
+            found,
+            rates={**found.rates, **one.rates},
+            unreached={**found.unreached, **one.unreached},
+        )
+    if found is None:
+        raise ValueError(next(iter(unfit.values())))
+    return replace(found, unreached={**found.unreached, **unfit})
+
+
+TRAINING: Final[Mapping[str, Extra]] = {
+    "gap": Extra(_gap, "with held_out= splits training minus held-out loss into its causes"),
+    "gradient_noise": Extra(_noise, "gives the noise that masks put on the gradient, by site"),
+    "alignment": Extra(_alignment, "holds that noise against the Hessian, beside a null"),
+    "equivalent_rates": Extra(_rates, "gives the rates at which other masks cost the same"),
+}
+
+
+def gap_verdicts(gap: GapExplained, unit: str) -> list[Verdict]:
+    """Whether averaging over masks pays on held-out data."""
+    gain = gap.ensembles.gain
+    if gain is None or gain.standard_error == 0:  # unknown, or the network drops nothing
+        return []
+    low, high = gain.interval()
+    if low > 0:
+        outcome, sentence = "yes", f"MC dropout would lower the held-out loss by {gain} {unit}"
+    elif high <= 0:
+        lost = replace(gain, value=-gain.value)
+        outcome = "no"
+        sentence = f"MC dropout would not lower the held-out loss: it raises it by {lost} {unit}"
+    else:
+        outcome = "cannot conclude"
+        sentence = f"What MC dropout would save of the held-out loss ({gain} {unit}) is not told"
+        sentence += " from zero"
+    return [
+        Verdict(
+            f"{sentence} (of {gap.validation} {unit}).",
+            outcome,  # type: ignore[arg-type]  # one of the outcomes
+            "pays, when the 95% interval over masks of held-out loss without masks minus that of "
+            "the mean prediction lies above zero",
+            0.0,
+            gain,
+            gain.n,
+            unit,
+            question="Does MC dropout pay?",
+            id="mc-dropout",
+        )
+    ]

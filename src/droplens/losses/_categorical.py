@@ -1,0 +1,201 @@
+"""Cross-entropy over classes."""
+
+import math
+from dataclasses import dataclass
+from typing import final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from droplens.losses._family import Family, check_finite_targets, need_targets, random_signs
+from droplens.quadrature import covariance_factor, normal_points, reached, softplus_excess
+
+# How classes interact in the Gaussian spread is smooth: with 32 points it errs by 1% at most.
+POINTS = 32
+# Two classes below this logit meet with a weight of e^(−6) at most.
+_FAR = -6.0
+
+
+@final
+@dataclass(frozen=True)
+class Categorical(Family):
+    """CrossEntropyLoss: A = logsumexp over C classes, H = diag(π) − ππᵀ."""
+
+    reduction: str
+    weight: Tensor | None
+    ignore_index: int
+    label_smoothing: float
+
+    def natural(self, outputs: Tensor) -> Tensor:
+        """(n, C) -> (n, 1, C); (n, C, d1, …) -> (n, d1·…, C).
+
+        Raises:
+            ValueError: if `outputs` has no class axis.
+        """
+        if outputs.dim() < 2:
+            raise ValueError(
+                "CrossEntropyLoss needs outputs of shape (n, C, ...), but the model returned "
+                f"{tuple(outputs.shape)}"
+            )
+        return outputs.flatten(2).mT if outputs.dim() > 2 else outputs.unsqueeze(1)
+
+    def log_partition(self, f: Tensor) -> Tensor:
+        """logsumexp(f)."""
+        return torch.logsumexp(f, -1)
+
+    def mean(self, f: Tensor) -> Tensor:
+        """π = softmax(f)."""
+        return torch.softmax(f, -1)
+
+    def root(self, f: Tensor) -> Tensor:
+        """Columns √π_c (e_c − π)."""
+        half = torch.exp(0.5 * torch.log_softmax(f, -1))  # √π, without a square root at 0
+        eye = torch.eye(f.shape[-1], dtype=f.dtype, device=f.device)
+        return half.unsqueeze(-2) * (eye - half.square().unsqueeze(-1))
+
+    def residual(self, f: Tensor, generator: torch.Generator | None) -> Tensor:
+        """π − e_ŷ with ŷ ~ π."""
+        mean = torch.softmax(f, -1)
+        flat = mean.detach().reshape(-1, mean.shape[-1])
+        drawn = torch.multinomial(flat, 1, generator=generator).reshape(mean.shape[:-1])
+        return mean - F.one_hot(drawn, mean.shape[-1]).to(mean)
+
+    def divergence(self, f: Tensor, step: Tensor) -> Tensor:
+        """Log Σ_c π_c exp(ε_c − πᵀε), accurate also where ε is tiny."""
+        mean = torch.softmax(f, -1)
+        centred = step - (mean * step).sum(-1, keepdim=True)
+        if centred.numel() and float(centred.detach().max()) > 60:  # expm1 nears its overflow
+            return torch.logsumexp(torch.log_softmax(f, -1) + centred, -1).clamp_min(0)
+        return torch.log1p((mean * torch.expm1(centred)).sum(-1)).clamp_min(0)
+
+    def probe(self, f: Tensor, generator: torch.Generator | None) -> Tensor:
+        """√π∘ξ − π·(√πᵀξ), without forming R (√πᵀξ = Σ_c √π_c ξ_c)."""
+        half = torch.exp(0.5 * torch.log_softmax(f, -1))
+        signed = half * random_signs(f, generator)
+        return signed - half.square() * signed.sum(-1, keepdim=True)
+
+    def contrasts(self, f: Tensor) -> Tensor:
+        """e_c − e_C for c < C: softmax does not see what is added to all classes alike."""
+        eye = super().contrasts(f)
+        return eye[:-1] - eye[-1:] if len(eye) > 1 else eye
+
+    def noise_spread(self, f: Tensor, covariance: Tensor) -> Tensor:
+        """The part of every class alone exactly, how the classes interact over a point set.
+
+        With k the top class and d_c = f_c − f_k, A = f_k + log(1 + Σ_{c≠k} e^{d_c}). A confident
+        softmax gathers its spread from rare large steps of single d_c, which few points miss; so
+        Σ E softplus(d_c) is integrated in one dimension each, and the points see the rest.
+        """
+        n, n_classes = f.shape
+        m = covariance.shape[-1]
+        if n_classes == 1:
+            return f.new_zeros(n)
+        top = f.detach().argmax(-1, keepdim=True)
+        column = torch.arange(n_classes - 1, device=f.device)
+        rest = column + (column >= top)  # (n, C − 1), all classes but the top one
+        lifted = F.pad(covariance_factor(covariance), (0, 0, 0, 1))  # the last class stays put
+        lifted = lifted.take_along_dim(rest.unsqueeze(-1), 1) - lifted.take_along_dim(
+            top.unsqueeze(-1), 1
+        )
+        d = f.gather(1, rest) - f.gather(1, top)
+        variance = lifted.square().sum(-1)
+        spread = softplus_excess(d, variance).sum(-1)
+        if m == 1:
+            return spread
+        # Classes that the noise never carries near the top do not meet.
+        meets = (reached(d, variance) > _FAR).sum(-1) > 1
+        if bool(meets.any()):
+            points = normal_points(m, max(POINTS, 2 * m)).to(f)
+            share = torch.softmax(f, -1).gather(1, rest)
+            parts = (share[meets], d[meets], lifted[meets], points)
+            spread = spread.masked_scatter(meets, spread[meets] + _meeting(*parts))
+        return spread.clamp_min(0)
+
+    def _plain(self) -> bool:
+        return self.weight is None and self.ignore_index < 0
+
+    def _terms(self, outputs: Tensor, targets: Tensor | None) -> tuple[Tensor, float]:
+        """Weight of every term before the reduction (n, T), and what the mean divides by.
+
+        Raises:
+            ValueError: if the targets are needed and missing.
+        """
+        n, classes = outputs.shape[:2]
+        n_terms = math.prod(outputs.shape[2:])
+        if targets is None:
+            if not self._plain():
+                raise ValueError(
+                    need_targets("CrossEntropyLoss with class weights or an ignore_index")
+                )
+            return outputs.new_ones(n, n_terms), float(n * n_terms)
+        if targets.is_floating_point():
+            return self._soft_terms(outputs, targets), float(n * n_terms)
+        labels = targets.reshape(n, n_terms)
+        used = (labels != self.ignore_index).to(outputs)
+        if self.weight is None:
+            return used, float(used.sum())
+        weight = self.weight.to(outputs)
+        own = weight[labels.clamp(0, classes - 1)] * used
+        smooth = self.label_smoothing
+        return (1 - smooth) * own + smooth / classes * weight.sum() * used, float(own.sum())
+
+    def _soft_terms(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        classes = outputs.shape[1]
+        mass = self.natural(targets.to(outputs))  # (n, T, C)
+        mass = (1 - self.label_smoothing) * mass + self.label_smoothing / classes
+        return (mass if self.weight is None else mass * self.weight.to(outputs)).sum(-1)
+
+    def weights(self, outputs: Tensor, targets: Tensor | None) -> Tensor:
+        """W of every term; without targets every term counts alike.
+
+        Raises:
+            ValueError: if class weights or an ignore_index are set and `targets` is not given.
+        """
+        terms, total = self._terms(outputs, targets)
+        return terms / total if self.reduction == "mean" else terms
+
+    def normalizer(self, outputs: Tensor, targets: Tensor | None) -> float:
+        """The summed weights of the labels for a mean, 1 for a sum."""
+        return self._terms(outputs, targets)[1] if self.reduction == "mean" else 1.0
+
+    def check_targets(self, outputs: Tensor, targets: Tensor) -> None:
+        """Labels from 0 to C − 1 (or ignore_index), or one probability per class.
+
+        Raises:
+            ValueError: if a label is out of range, or shapes disagree.
+        """
+        classes = outputs.shape[1]
+        shape = tuple(targets.shape)
+        if targets.is_floating_point():
+            if shape != tuple(outputs.shape):
+                raise ValueError(
+                    "targets given as class probabilities have to have the outputs' shape "
+                    f"{tuple(outputs.shape)}, but got {shape}"
+                )
+            check_finite_targets(targets)
+            return
+        expected = (outputs.shape[0], *outputs.shape[2:])
+        if shape != expected:
+            raise ValueError(f"targets has to have shape {expected}, but got {shape}")
+        used = targets[targets != self.ignore_index]
+        if used.numel() == 0:
+            raise ValueError("targets holds no label but ignore_index, so there is no loss")
+        low, high = int(used.min()), int(used.max())
+        if low < 0 or high >= classes:
+            bad = low if low < 0 else high
+            raise ValueError(
+                f"targets holds the label {bad}, but the outputs have {classes} classes "
+                f"(labels 0 to {classes - 1})"
+            )
+
+
+def _meeting(share: Tensor, d: Tensor, lifted: Tensor, points: Tensor) -> Tensor:
+    """E[log(1 + Σ e^{d_c}) − Σ log(1 + e^{d_c})] over the noise minus its value without: (n).
+
+    `share` holds π_c of the classes c of `d`.
+    """
+    growth = torch.expm1((lifted @ points.mT).clamp_max(60.0))  # (n, C − 1, P); 60: no overflow
+    together = torch.log1p((share.unsqueeze(-2) @ growth).squeeze(-2))
+    apart = torch.log1p(torch.sigmoid(d).unsqueeze(-1) * growth).sum(-2)
+    return (together - apart).mean(-1)

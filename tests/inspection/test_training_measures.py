@@ -1,0 +1,86 @@
+"""What dropout does to training, on request and with held-out data, in numbers and on pages."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import droplens as dl
+from tests.inspection.test_inspect import data, loss, network
+
+x, y = data()
+apart = (x[:10].flip(0), y[:10].flip(0))
+ASKED = ("gradient_noise", "alignment", "equivalent_rates")
+
+
+@pytest.fixture(scope="module")
+def found():
+    return dl.inspect(
+        network(), (x, y), loss, held_out=apart, draws=5, directions=1, measures=ASKED, seed=0
+    )
+
+
+def test_held_out_data_bring_the_gap_and_its_verdict(found):
+    gap = found.extras["gap"]
+    direct = dl.explain_gap(network(), (x, y), apart, loss, 50, seed=0)
+    assert gap == direct
+    assert "mc-dropout" in [verdict.id for verdict in found.verdicts]
+    assert "gap" not in found.not_measured
+
+
+def test_measures_on_request(found):
+    assert set(found.extras) == {*ASKED, "gap"}
+    noise = found.extras["gradient_noise"]
+    assert noise == dl.gradient_noise(network(), x, y, loss, 50, seed=0)
+    assert noise.examples == len(x)
+    rates = found.extras["equivalent_rates"]
+    assert rates.cost == pytest.approx(dl.penalty(network(), x, loss).total.item(), rel=1e-5)
+    assert all(0 < rate < 1 for rate in rates.rates.values())
+
+
+def test_pages_and_json(found, tmp_path):
+    page = found.to_html(tmp_path / "page.html").read_text()
+    for title in (
+        "Why is the training loss not the held-out loss?",
+        "How noisy does dropout make the gradient?",
+        "Does the noise lie along the curvature?",
+        "Which other dropout would cost the same?",
+    ):
+        assert title in page
+    numbers = json.loads((tmp_path / "page.json").read_text())["numbers"]["extras"]
+    parts = [numbers["gap"][p]["value"] for p in ("spread", "shift", "norm_mode", "generalization")]
+    assert sum(parts) == pytest.approx(numbers["gap"]["gap"]["value"], abs=1e-12)
+    assert numbers["alignment"]["parameters"] > 0
+
+
+def test_without_held_out_data_the_page_says_what_is_missing():
+    plain = dl.inspect(network(), (x, y), loss, draws=5, directions=1, seed=0)
+    assert "with held_out=" in plain.not_measured["gap"]
+    assert "not asked for" in plain.not_measured["alignment"]
+    asked = dl.inspect(network(), (x, y), loss, draws=5, directions=1, measures=("gap",), seed=0)
+    assert "pass held_out=" in asked.not_measured["gap"]
+
+
+def test_a_network_without_dropout_has_a_gap_and_no_noise():
+    plain = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+    assert x.shape[1] == 6
+    found = dl.inspect(
+        plain, (x, y), loss, held_out=apart, directions=1, measures=("alignment",), seed=0
+    )
+    assert found.extras["gap"].spread.value == 0
+    assert "no site of the model drops anything" in found.not_measured["alignment"]
+    assert "mc-dropout" not in [verdict.id for verdict in found.verdicts]
+
+
+def test_comparisons_tell_the_gap_of_every_set(tmp_path):
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+    sets = {"with": [network(), network()], "without": plain}
+    found = dl.compare(
+        sets, (x, y), loss, held_out=apart, draws=5, directions=1, measures=ASKED[:1], seed=0
+    )
+    assert all("gap" in i.extras for each in found.sets.values() for i in each)
+    page = found.to_html(tmp_path / "page.html").read_text()
+    assert "Why is the training loss not the held-out loss?" in page
+    assert "How noisy does dropout make the gradient?" in page
