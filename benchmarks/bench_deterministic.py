@@ -1,4 +1,6 @@
-"""A training step on base + penalty against a plain one: `python -m benchmarks.bench_deterministic`.
+"""A training step on base + penalty against a plain one.
+
+`python -m benchmarks.bench_deterministic`.
 
 The arithmetic of C backward passes and of their backward is 11 plain steps at C = 10 classes; a
 step with one probe is 2.
