@@ -79,6 +79,11 @@ def prepared(name):
     return partial(call, model, (torch.randn(2048, 256), torch.randint(10, (2048,))))
 
 
+def many_neurons():
+    weights = torch.randn(100_000, 256, generator=torch.Generator().manual_seed(0))
+    return partial(measure.orientation_picture, weights)
+
+
 def training_step(model, data):
     optimizer = torch.optim.Adam(model.parameters())
     for _ in range(2):
@@ -92,6 +97,8 @@ def main():
     share, extra, looks = recorder_time()
     row(f"recorder at its default, share of the time by its own clock ({looks} looks)", share, 0.05)
     row("recorder at its default, extra time over the same training without", extra, 0.05)
+    pictured = peak(many_neurons) / 2**30
+    row("orientation picture of 100,000 neurons × 256, GiB with the weights", pictured + 0.095, 1)
     step, *others = (peak(partial(prepared, name)) for name in MEASURES)
     for name, grown in zip(list(MEASURES)[1:], others, strict=True):
         row(f"peak memory, {name}, over a training step", grown / step, 2)
