@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final, final, get_args
+from typing import Any, Final, Literal, final, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,10 @@ from droplens.dynamics._training import (
 from droplens.losses import family as family_of
 from droplens.measure._risk import Loss
 from droplens.penalties import penalty
-from droplens.penalties._penalty import Method
 from droplens.quadrature import turned_points
+
+# Those of `penalty` that draw no mask.
+Method = Literal["gaussian", "second_order", "sampled"]
 
 _SEEDS: Final = 2**53
 
@@ -72,7 +74,7 @@ class DeterministicDropout:
         Raises:
             ValueError: if a site cannot be replaced: it has no law, or its mask mixes examples.
         """
-        seen: list[Any] = []
+        seen: list[Any] = []  # outputs; the first are those of the whole batch
         source = torch.Generator()
         if self._random:
             source.manual_seed(self._seed())
@@ -100,7 +102,7 @@ class DeterministicDropout:
         if has_live_norm(self.model):
             with masks_in_training(self.model, nothing_dropped):
                 return Step(loss_on(self.model, inputs, targets, loss), value.total)
-        return Step(loss.value(one_tensor(seen[-1]), targets), value.total)
+        return Step(loss.value(one_tensor(seen[0]), targets), value.total)
 
     def _seed(self) -> int:
         """For probes and points: from the generator, or as masks do from torch's global stream."""
