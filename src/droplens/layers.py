@@ -1,8 +1,9 @@
 """Layers with a weight matrix: torch's own, and those of other libraries that do the same."""
 
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -22,9 +23,19 @@ def is_convolution(module: nn.Module) -> TypeGuard[nn.Conv1d | nn.Conv2d | nn.Co
     return isinstance(module, CONVOLUTIONS)
 
 
+def parameter_of(module: nn.Module, name: str) -> nn.Parameter:
+    """A parameter itself, also where DropConnect masks what its module reads under the name."""
+    if parametrize.is_parametrized(module, name):
+        listed: Any = module.parametrizations[name]  # type: ignore[index]  # a ModuleDict
+        if all(hasattr(each, "weight_law") for each in listed):
+            whole: nn.Parameter = listed.original
+            return whole
+    return module.get_parameter(name)
+
+
 def weight_matrix(module: nn.Module) -> Tensor:
     """The weights of a linear or convolution layer, a row per neuron: (d_out, d_in·kernel)."""
-    weight = module.get_parameter("weight").detach()
+    weight = parameter_of(module, "weight").detach()
     return weight.mT if is_transposed_linear(module) else weight.flatten(1)
 
 

@@ -13,16 +13,29 @@ def pull_back(
     """Jᵀ·cotangent: one backward pass from f (n, T, C) to each of `tensors`, of their shapes.
 
     Tensors on which f does not depend get zeros. The graph is kept for the next pass.
+
+    Raises:
+        ValueError: if the model has written into a tensor that its derivatives need.
+        RuntimeError: whatever else autograd raises.
     """
-    return torch.autograd.grad(
-        f,
-        tensors,
-        cotangent,
-        retain_graph=True,
-        create_graph=create_graph,
-        allow_unused=True,
-        materialize_grads=True,
-    )
+    try:
+        return torch.autograd.grad(
+            f,
+            tensors,
+            cotangent,
+            retain_graph=True,
+            create_graph=create_graph,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+    except RuntimeError as error:
+        if "inplace operation" not in str(error):
+            raise
+        raise ValueError(
+            "the model writes into a tensor that its derivatives need, such as the input of a "
+            "dropout after it was read; replace the in-place operation (x.add_(1), x += 1) by "
+            "one that makes a new tensor (x = x + 1)"
+        ) from error
 
 
 def term_jacobian(

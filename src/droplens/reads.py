@@ -37,10 +37,23 @@ class Read(ABC):
     entries: Callable[[], Tensor]
     tap: Tensor
     factor: Tensor
+    _version: int = field(init=False, default=0)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_version", self.factor._version)
+
+    @property
+    def overwritten(self) -> bool:
+        """Whether the factor has been written into since it was read."""
+        return self._version != self.factor._version
+
+    def laid_out(self, factor: Tensor) -> Tensor:
+        """The factor, (e, r, *factor), as `outer` takes it."""
+        return factor
 
     @abstractmethod
-    def outer(self, delta: Tensor, factor: Tensor) -> Tensor:
-        """Σ_t δ_t ⊗ h_t: δ (e, m, r, *tap), h (e, r, *factor) -> (e, m, *values).
+    def outer(self, delta: Tensor, laid_out: Tensor) -> Tensor:
+        """Σ_t δ_t ⊗ h_t: δ (e, m, r, *tap) and h laid out -> (e, m, *values).
 
         e examples, each with r rows of the operation's batch axis; m sets of gradients.
         """
@@ -53,11 +66,13 @@ class Product(Read):
 
     turned: bool
 
-    def outer(self, delta: Tensor, factor: Tensor) -> Tensor:
+    def outer(self, delta: Tensor, laid_out: Tensor) -> Tensor:
         """Sums over rows and all axes but the vectors'."""
-        d = delta.flatten(2, -2)  # (e, m, t, o)
-        h = factor.flatten(1, -2).unsqueeze(1)  # (e, 1, t, i)
-        return h.mT @ d if self.turned else d.mT @ h
+        d = delta.flatten(2, -2).mT  # (e, m, o, t)
+        h = laid_out.flatten(1, -2)  # (e, t, i)
+        # The m sets side by side: one product an example, h not copied for each.
+        outer: Tensor = (d.flatten(1, 2) @ h).unflatten(1, d.shape[1:3])
+        return outer.mT if self.turned else outer
 
 
 @final
@@ -70,22 +85,29 @@ class Convolution(Read):
     dilation: tuple[int, ...]
     groups: int
 
-    def outer(self, delta: Tensor, factor: Tensor) -> Tensor:
-        """Sums over rows and positions."""
+    def laid_out(self, factor: Tensor) -> Tensor:
+        """Every patch that the kernel meets: (e, r, i, *L) -> (e, g, r·L, i/g·k)."""
         h = F.pad(factor, [end for ends in reversed(self.padding) for end in ends])
         kernel = self.values.shape[2:]
         for axis, (size, step, gap) in enumerate(
             zip(kernel, self.stride, self.dilation, strict=True), start=3
         ):
             h = h.unfold(axis, gap * (size - 1) + 1, step)[..., ::gap]
-        # h (e, r, i, *L, *k) -> (e, 1, g, r·L, i/g·k), δ (e, m, r, o, *L) -> (e, m, g, o/g, r·L)
         h = h.unflatten(2, (self.groups, -1)).movedim(2, 1)  # (e, g, r, i/g, *L, *k)
         h = h.movedim(3, 3 + len(kernel))
         places = math.prod(h.shape[2 : 3 + len(kernel)])
-        h = h.reshape(len(h), 1, self.groups, places, -1)
-        d = delta.unflatten(3, (self.groups, -1)).movedim(2, 4).flatten(4)
-        outer: Tensor = (d @ h).reshape(*delta.shape[:2], *self.values.shape)
-        return outer
+        patches: Tensor = h.reshape(len(h), self.groups, places, -1)
+        return patches
+
+    def outer(self, delta: Tensor, laid_out: Tensor) -> Tensor:
+        """Sums over rows and positions."""
+        # δ (e, m, r, o, *L) -> (e, g, m·o/g, r·L)
+        d = delta.unflatten(3, (self.groups, -1)).movedim(3, 1).movedim(3, 4)
+        sets, outputs = d.shape[2:4]
+        outer = d.reshape(len(d), self.groups, sets * outputs, -1) @ laid_out
+        outer = outer.unflatten(2, (sets, outputs)).movedim(2, 1)
+        found: Tensor = outer.reshape(*delta.shape[:2], *self.values.shape)
+        return found
 
 
 @final
@@ -95,7 +117,7 @@ class Bias(Read):
 
     axis: int
 
-    def outer(self, delta: Tensor, factor: Tensor) -> Tensor:
+    def outer(self, delta: Tensor, laid_out: Tensor) -> Tensor:
         """Sums over everything but the vector's axis."""
         vectors: Tensor = delta.movedim(self.axis if self.axis < 0 else self.axis + 2, -1)
         summed: Tensor = vectors.flatten(2, -2).sum(2)
@@ -107,10 +129,10 @@ class Bias(Read):
 class Lookup(Read):
     """A table (V, d) of which every place reads a row: result (…, d). The factor holds indices."""
 
-    def outer(self, delta: Tensor, factor: Tensor) -> Tensor:
+    def outer(self, delta: Tensor, laid_out: Tensor) -> Tensor:
         """Sums over the places that read the same row."""
         d = delta.flatten(2, -2)  # (e, m, t, d)
-        rows = factor.flatten(1)[:, None, :, None].expand_as(d)
+        rows = laid_out.flatten(1)[:, None, :, None].expand_as(d)
         return d.new_zeros(*d.shape[:2], *self.values.shape).scatter_add(2, rows, d)
 
 

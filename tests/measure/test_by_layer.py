@@ -84,7 +84,7 @@ def test_recurrent_and_transposed_layers(bias):
     )
     found = measure.condensation_by_layer(model)
     assert list(found) == ["0.weight_ih_l0", "0.weight_ih_l1", "1.weight"]
-    rows = {name: own for name, _, own in measure._by_layer.neurons(model)}
+    rows = {own.name: own.rows for own in measure.neurons(model)}
     assert rows["0.weight_ih_l0"].shape == (12, 3 + 4 + bias)
     assert rows["1.weight"].shape == (6, 2 * 3 + bias)
     # Output channel 4 belongs to the second group: it reads input channels 2 and 3.

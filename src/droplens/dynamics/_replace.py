@@ -132,6 +132,13 @@ def replace_dropout(
     network trained on one fixed set fits the points (on a small CNN until the value was a tenth of
     the integral). "second_order" draws nothing.
 
+    How near that comes, on digits with p = .5 and small full-batch steps: accuracy as with dropout
+    in all cases. Squared loss before the last layer: R_S and R_1 within 1%. Cross-entropy before
+    the last layer of a CNN: 4% and 8% with 384 units there, 19% and 12% with 96, too few for a
+    Gaussian. With dropout before a hidden layer as well, R_1 came out 37% higher in one run,
+    because there the outputs are not affine in the gates. Larger steps, or Adam, also feel
+    the noise of the masks, which is gone here: `dynamics.penalty_and_noise` puts it back.
+
     Norm layers in train mode keep their statistics from the base's forward pass; the penalty takes
     them in eval, because they would mix its examples (one more forward pass). Freezing them in
     eval saves that. The model is not changed: to go back, call the loss as before.

@@ -4,13 +4,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
 
-import torch
 from torch import nn
 
 from droplens.batches import Batches
 from droplens.inspection._attempt import attempt
 from droplens.inspection._sizes import MOST_COVER, MOST_EXACT, MOST_WEIGHTS, Sizes
-from droplens.layers import weight_matrix, weighted_layers
+from droplens.layers import parameter_of, weighted_layers
 from droplens.measure import (
     Condensation,
     Fisher,
@@ -19,6 +18,7 @@ from droplens.measure import (
     Sharpness,
     Spectrum,
     condensation,
+    neurons,
 )
 from droplens.measure import fisher as measure_fisher
 from droplens.measure import flatness as measure_flatness
@@ -130,31 +130,30 @@ def measures_of(
 
 def _spectra(model: nn.Module) -> dict[str, Spectrum]:
     """Singular values of the weights of every layer, kernels flattened."""
-    return {n: measure_spectrum(weight_matrix(m)) for n, m in weighted_layers(model).items()}
+    return {layer.name: measure_spectrum(layer.weights) for layer in neurons(model)}
 
 
 def _condensations(model: nn.Module, not_measured: dict[str, str]) -> dict[str, Condensation]:
     """Orientations of every layer's neurons, by their weights with the bias."""
     found = {}
-    for name, layer in weighted_layers(model).items():
-        rows = weight_matrix(layer)
-        bias = dict(layer.named_parameters(recurse=False)).get("bias")
-        if bias is not None:
-            rows = torch.cat([rows, bias.detach().unsqueeze(1)], 1)
+    for layer in neurons(model):
+        rows = layer.rows
         if len(rows) ** 2 * rows.shape[1] > MOST_COVER:
-            not_measured[f"condensation of {name}"] = (
+            not_measured[f"condensation of {layer.name}"] = (
                 f"{len(rows):,} neurons take too long for a page made in passing; "
                 "droplens.measure.condensation(weights) measures them"
             )
             continue
-        found[name] = condensation(rows)
+        found[layer.name] = condensation(rows)
     return found
 
 
 def _other_weights(model: nn.Module) -> dict[str, str]:
     """Weight matrices that belong to no layer of a known kind."""
     # A tensor of two names (tied embeddings) is listed where a layer owns it.
-    known = {id(layer.get_parameter("weight")) for layer in weighted_layers(model).values()}
+    known = {id(parameter_of(layer, "weight")) for layer in weighted_layers(model).values()}
+    own = {layer.module for layer in neurons(model)}
+    known |= {id(p) for module in own for p in module.parameters(recurse=False)}
     names, kinds = [], set()
     for path, module in model.named_modules():
         for local, parameter in module.named_parameters(recurse=False):
@@ -166,5 +165,5 @@ def _other_weights(model: nn.Module) -> dict[str, str]:
     shown = ", ".join(names[:_SHOWN]) + (
         f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     )
-    reason = f"{shown}: {', '.join(sorted(kinds))} is no linear or convolution layer"
+    reason = f"{shown}: {', '.join(sorted(kinds))} has no neurons that are rows of a matrix"
     return {"ranks and directions of other weights": reason}

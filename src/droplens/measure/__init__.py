@@ -5,6 +5,7 @@ Every sampled number is an Estimate; exact numbers are plain.
 
 from droplens.measure._by_layer import (
     LayerCondensation,
+    Neurons,
     Picture,
     Scan,
     condensation_by_layer,
@@ -42,6 +43,7 @@ __all__ = [
     "Interpolation",
     "LayerCondensation",
     "ManifoldCurvature",
+    "Neurons",
     "Picture",
     "Plane",
     "PredictedSpectrum",

@@ -178,23 +178,47 @@ def orientation_picture(
     return Picture(angles, strength, share)
 
 
-def neurons(model: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor]]:
-    """Every layer's neurons: a row per neuron, its bias as the last column.
+@dataclass(frozen=True, eq=False)
+class Neurons:
+    """One layer's neurons.
+
+    Args:
+        name: of their weight in the model.
+        module: the layer.
+        weights: a row per neuron, (m, d).
+        bias: (m,), or None.
+    """
+
+    name: str
+    module: nn.Module
+    weights: Tensor
+    bias: Tensor | None
+
+    @property
+    def rows(self) -> Tensor:
+        """Weights with the bias as the last column."""
+        if self.bias is None:
+            return self.weights
+        return torch.cat([self.weights, self.bias.unsqueeze(1)], 1)
+
+
+def neurons(model: nn.Module) -> Iterator[Neurons]:
+    """Every layer's neurons, in the model's order.
 
     A neuron of an attention layer is a row of its query, key or value weights (torch's packed
     `in_proj_weight` is split in three); heads are too few to condense, and within a head queries
     and keys may turn together without a change, so read their orientations with that in mind. A
-    neuron of a recurrent layer is one gate of one unit, with its weights on inputs, state and bias.
+    neuron of a recurrent layer is one gate of one unit, with its weights on inputs and state.
 
     Yields:
-        The layer's name, the module, and rows (m, d).
+        Linear, convolution (also transposed), attention and recurrent layers.
     """
     for path, module in model.named_modules():
         prefix = f"{path}." if path else ""
         if is_linear(module) or is_convolution(module):
-            yield f"{prefix}weight", module, _with_bias(weight_matrix(module), _own(module, "bias"))
+            yield Neurons(f"{prefix}weight", module, weight_matrix(module), _own(module, "bias"))
         elif isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
-            yield f"{prefix}weight", module, _with_bias(_transposed(module), _own(module, "bias"))
+            yield Neurons(f"{prefix}weight", module, _transposed(module), _own(module, "bias"))
         elif isinstance(module, nn.MultiheadAttention):
             yield from _of_attention(prefix, module)
         elif isinstance(module, nn.RNNBase):
@@ -237,10 +261,15 @@ def condensation_by_layer(
         raise ValueError("model has no linear, convolution, attention or recurrent layer")
     behind: Mapping[str, Any] = {}
     if data is not None:
-        named = {m: name for name, m, _ in layers if is_linear(m) or is_convolution(m)}
+        named = {
+            own.module: own.name
+            for own in layers
+            if is_linear(own.module) or is_convolution(own.module)
+        }
         behind = readers(model, as_batches(data, model), layers=named)[0]
     found = {}
-    for name, _, rows in layers:
+    for layer in layers:
+        name, rows = layer.name, layer.rows
         reader = behind.get(name)
         outgoing = None if reader is None else _per_neuron(reader.outgoing, len(rows))
         strength = None if outgoing is None else outgoing.to(rows) * rows.norm(dim=1)
@@ -273,10 +302,6 @@ def _own(module: nn.Module, name: str) -> Tensor | None:
     return found.detach() if isinstance(found, Tensor) else None
 
 
-def _with_bias(rows: Tensor, bias: Tensor | None) -> Tensor:
-    return rows if bias is None else torch.cat([rows, bias.unsqueeze(1)], 1)
-
-
 def _transposed(module: Any) -> Tensor:
     """(in, out/groups, *kernel) as rows by output channel."""
     weight = module.weight.detach()
@@ -285,9 +310,7 @@ def _transposed(module: Any) -> Tensor:
     return rows
 
 
-def _of_attention(
-    prefix: str, module: nn.MultiheadAttention
-) -> Iterator[tuple[str, nn.Module, Tensor]]:
+def _of_attention(prefix: str, module: nn.MultiheadAttention) -> Iterator[Neurons]:
     bias = _own(module, "in_proj_bias")
     biases = [None] * 3 if bias is None else bias.chunk(3)
     packed = _own(module, "in_proj_weight")
@@ -298,16 +321,17 @@ def _of_attention(
         names = [f"{part}_proj_weight" for part in "qkv"]
         parts = tuple(module.get_parameter(name).detach() for name in names)
     for name, rows, own in zip(names, parts, biases, strict=True):
-        yield f"{prefix}{name}", module, _with_bias(rows, own)
+        yield Neurons(f"{prefix}{name}", module, rows, own)
 
 
-def _of_recurrent(prefix: str, module: nn.RNNBase) -> Iterator[tuple[str, nn.Module, Tensor]]:
+def _of_recurrent(prefix: str, module: nn.RNNBase) -> Iterator[Neurons]:
     for name, weight in module.named_parameters(recurse=False):
         if not name.startswith("weight_ih"):
             continue
         suffix = name.removeprefix("weight_ih")
         rows = torch.cat([weight.detach(), module.get_parameter(f"weight_hh{suffix}").detach()], 1)
+        bias = None
         if module.bias:
             parts = [module.get_parameter(f"bias_{k}h{suffix}").detach() for k in "ih"]
-            rows = torch.cat([rows, (parts[0] + parts[1]).unsqueeze(1)], 1)
-        yield f"{prefix}{name}", module, rows
+            bias = parts[0] + parts[1]
+        yield Neurons(f"{prefix}{name}", module, rows, bias)

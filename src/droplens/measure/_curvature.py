@@ -46,7 +46,8 @@ class Curvature:
             metric H⁺.
         intrinsic: κ = ‖a_⊥‖/‖d‖², mean over directions.
         parameter_effects: ‖a_∥‖/‖d‖², mean over directions.
-        scale_free: κ · length.
+        scale_free: κ · length. In expectation parameters of a confident softmax the length is huge,
+            because the metric divides by probabilities: compare raw values there.
         scale_free_parameter_effects: the same of the parameter effects.
         length: the predictions' rms metric distance from their mean over inputs.
         values: intrinsic and parameter effects of every direction, (directions, 2).

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from droplens._memory import keep_freed_memory
 from droplens.batches import n_examples, rows_of
@@ -33,6 +34,7 @@ class Network:
         sources: the sites' coins, where examples can be told apart.
         unmeasured: the other sites, and why.
         divisor: what the loss's mean divides by; None for a sum.
+        notes: what a reader of the numbers should know.
     """
 
     family: Family
@@ -41,6 +43,7 @@ class Network:
     sources: tuple[Source, ...]
     unmeasured: dict[str, str]
     divisor: float | None
+    notes: tuple[str, ...] = ()
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -79,10 +82,12 @@ def open_network(
         keep: whether what comes out will be differentiated again.
 
     Raises:
-        ValueError: if the inputs are bad, a name is not met, or its mask mixes examples.
+        ValueError: if the inputs are bad, a name is not met, its mask mixes examples, or a norm
+            layer does.
     """
     keep_freed_memory()
     check_inputs(inputs)
+    _check_norms(model)
     opened = open_gates(model, inputs, names)
     check_outputs(model, opened.outputs)
     _check_names(names, opened)
@@ -94,7 +99,33 @@ def open_network(
     if names is not None and mixing:
         raise ValueError(next(iter(mixing.values())))
     divisor = family.divisor(opened.outputs.detach(), targets)
-    return Network(family, f, weights, sources, {**opened.unmeasured, **mixing}, divisor)
+    unmeasured = {**opened.unmeasured, **mixing}
+    return Network(family, f, weights, sources, unmeasured, divisor, _notes(model, sources))
+
+
+_RUNNING = (
+    "norm layers used their running statistics, as in eval mode, though they are in train mode"
+)
+_MATHS_KERNEL = (
+    "attention ran on torch's maths kernel, because the fused ones have no double backward"
+)
+
+
+def _notes(model: nn.Module, sources: Sequence[Source]) -> tuple[str, ...]:
+    """Kernels and statistics that were switched."""
+    attention = any(source.name.split("#")[0].endswith("attention") for source in sources)
+    batch = any(isinstance(m, _BatchNorm) and m.training for m in model.modules())
+    return (_RUNNING,) * batch + (_MATHS_KERNEL,) * attention
+
+
+def _check_norms(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and module.running_mean is None:
+            raise ValueError(
+                f"the model's {name or 'whole'!r} is a {type(module).__name__} without running "
+                "statistics, which mixes examples also in eval mode, so they have no noise of "
+                "their own; use track_running_stats=True, or method='masks'"
+            )
 
 
 def opened_in_parts(

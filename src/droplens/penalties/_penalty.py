@@ -29,6 +29,8 @@ _CACHED_NUMBERS = 1 << 19
 _AT_ONCE = 4
 # Fewer equal coins than this do not make Gaussian noise: 10 strong units erred by up to 70%.
 FEW_UNITS = 12.0
+# From this many sites on the Gaussian value has been seen off by half.
+MANY_SITES = 4
 
 
 _ORDER = {
@@ -38,9 +40,6 @@ _ORDER = {
     "masks": "Monte Carlo over masks: unbiased for the spread, up to the standard error",
 }
 _EXACT = "exact in the spread: A is quadratic, so only the noise's covariance counts"
-_MATHS_KERNEL = (
-    "attention ran on torch's maths kernel, because the fused ones have no double backward"
-)
 
 
 def penalty(  # noqa: PLR0913  # the last five are keywords with defaults
@@ -207,16 +206,19 @@ class _Asked:
 
 
 def notes_on(network: Network, counts: Mapping[str, float]) -> tuple[str, ...]:
-    """What a reader should know: few strong units, kernels that were switched."""
+    """What a reader should know: few strong units, many sites, what was switched."""
     notes = [
         f"few strong units: the noise at {name!r} is that of about {count:.1f} equal coins, too "
-        "few for a Gaussian; trust Monte Carlo (droplens.decompose)"
+        "few for a Gaussian; trust Monte Carlo (method='masks', droplens.decompose)"
         for name, count in counts.items()
         if 0 < count < FEW_UNITS
     ]
-    if any(source.name.split("#")[0].endswith("attention") for source in network.sources):
-        notes.append(_MATHS_KERNEL)
-    return tuple(notes)
+    if counts and len(network.sources) >= MANY_SITES:
+        notes.append(
+            f"{len(network.sources)} sites act through one another, which linearising leaves out; "
+            "compare with method='masks' (docs/gaussian.md: off by up to half, either way)"
+        )
+    return (*notes, *network.notes)
 
 
 def _nothing(network: Network) -> tuple[dict[str, Tensor], Tensor]:

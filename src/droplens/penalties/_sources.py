@@ -24,12 +24,14 @@ from droplens.penalties._layout import (
     noise_covariance,
     quadratics,
 )
-from droplens.reads import Followed, Product, Read
+from droplens.reads import Convolution, Followed, Product, Read
 
 # Examples looked at to count how many units share a site's noise.
 _COUNTED_EXAMPLES = 32
 # Numbers (examples × m × entries of a weight) held at once.
-_CHUNK_NUMBERS = 1 << 22
+_CHUNK_NUMBERS = 1 << 19
+# Numbers of a convolution's patches kept for all backward passes.
+_LAID_OUT_NUMBERS = 1 << 22
 
 # Per tensor of a source, m scores of its shape: (m, *shape).
 Scores = Sequence[Tensor]
@@ -51,8 +53,8 @@ class Source(ABC):
         """K = J_h C̄ J_hᵀ of every example, (n, m, m), under `law`."""
 
     @abstractmethod
-    def shares(self, scores: Scores, n: int, picked: Tensor) -> Tensor:
-        """Σ_c j_ca² of every coin of the examples `picked`: (picked, coins)."""
+    def moments(self, scores: Scores, n: int, picked: Tensor) -> tuple[Tensor, Tensor]:
+        """Σ_a t_a and Σ_a t_a² of t_a = Σ_c j_ca² over the coins of the examples `picked`."""
 
     @abstractmethod
     def scales(self, scores: Scores) -> bool:
@@ -66,12 +68,10 @@ class Source(ABC):
         """
         step = max(1, n // _COUNTED_EXAMPLES)
         picked = torch.arange(0, n, step, device=scores[0].device)
-        shares = self.shares(scores, n, picked)
-        whole = shares.sum(1)
+        whole, squares = self.moments(scores, n, picked)
         if not bool((whole > 0).any()):
             return 0.0
-        tiny = torch.finfo(shares.dtype).tiny
-        counts = whole.square() / shares.square().sum(1).clamp_min(tiny)
+        counts = whole.square() / squares.clamp_min(torch.finfo(whole.dtype).tiny)
         return float((whole * counts).sum() / whole.sum())
 
 
@@ -96,6 +96,11 @@ def source_of(gate: Gate, found: Sequence[Layout | None], n: int, keep: bool) ->
         raise ValueError(
             f"site {gate.name!r} masks a weight that {gate.weight.unknown!r} reads, in which the "
             "examples cannot be told apart; droplens.decompose draws its masks all the same"
+        )
+    if gate.weight is not None and any(read.overwritten for read in gate.weight.reads):
+        raise ValueError(
+            f"site {gate.name!r} masks a weight, and the model writes into what that weight was "
+            "multiplied with; replace the in-place operation by one that makes a new tensor"
         )
     known = []
     for layout, tensor in zip(found, tensors_of(gate), strict=True):
@@ -125,11 +130,12 @@ class Units(Source):
         rows = self._rows(scores)
         return noise_covariance(covariance_of(replace(self.gate, law=law), rows[0]), rows, n)
 
-    def shares(self, scores: Scores, n: int, picked: Tensor) -> Tensor:
+    def moments(self, scores: Scores, n: int, picked: Tensor) -> tuple[Tensor, Tensor]:
         """Of folded scores: a coin may move many units."""
         found = self.layout.apart(scores[0].detach(), 1)[:, picked]  # (m, examples, rows, *units)
         folded = covariance_of(self.gate, found[0, 0]).fold(found)
-        return folded.square().sum(0).flatten(1)
+        shares = folded.square().sum(0).flatten(1)
+        return shares.sum(1), shares.square().sum(1)
 
     def scales(self, scores: Scores) -> bool:
         """All laws but those whose C̄ has another shape at every rate."""
@@ -147,6 +153,13 @@ class _Placed:
     layout: Layout
     factor: Tensor
     values: Tensor
+    laid_out: Tensor | None  # h as outer products take it, where it takes little room
+
+    def outer(self, delta: Tensor, rows: slice | Tensor) -> Tensor:
+        """W ∘ Σ_t δ_t ⊗ h_t of some examples."""
+        known = self.laid_out
+        h = self.read.laid_out(self.factor[rows]) if known is None else known[rows]
+        return self.values * self.read.outer(delta, h)
 
 
 @final
@@ -169,25 +182,31 @@ class Weights(Source):
         """Factorised where every example reads the weight once, else summed in chunks."""
         variance = self._variance(law)
         deltas = [self._deltas(k, found) for k, found in enumerate(scores)]
-        once = self._read_once(deltas)
-        if once is not None:
+        if self._reads_once(deltas):
             delta = deltas[0].flatten(2, -2).squeeze(2)  # (n, m, o)
-            return variance * (delta * once.unsqueeze(1)) @ delta.mT
+            return variance * (delta * self._powers(2).unsqueeze(1)) @ delta.mT
         parts = [
             self._remade(rows, [d[rows] for d in deltas])
             for rows in self._chunks(n, len(scores[0]) if scores else 1)
         ]
         return variance * torch.cat(parts)
 
-    def shares(self, scores: Scores, n: int, picked: Tensor) -> Tensor:
-        """Of every entry of the weight."""
+    def moments(self, scores: Scores, n: int, picked: Tensor) -> tuple[Tensor, Tensor]:
+        """Of every entry of the weight; t_ab = W²_ab h_b² Σ_c δ_ca² where it is read once."""
         deltas = [self._deltas(k, found).detach() for k, found in enumerate(scores)]
+        if self._reads_once(deltas):
+            moved = deltas[0].flatten(2, -2)[picked].squeeze(2).square().sum(1)  # (e, o)
+            whole, squares = (
+                (moved**k * self._powers(2 * k)[picked].detach()).sum(1) for k in (1, 2)
+            )
+            return whole, squares
         found = []
         for chunk in self._chunks(len(picked), len(scores[0])):
             rows = picked[chunk]
-            j = self._scores(rows, [d[rows] for d in deltas]).detach()
-            found.append(j.square().sum(1))
-        return torch.cat(found)
+            shares = self._scores(rows, [d[rows] for d in deltas]).detach().square().sum(1)
+            found.append(torch.stack([shares.sum(1), shares.square().sum(1)]))
+        whole, squares = torch.cat(found, 1)
+        return whole, squares
 
     def scales(self, scores: Scores) -> bool:
         """Independent coins."""
@@ -203,16 +222,17 @@ class Weights(Source):
         """Gradients at read k, (n, m, r, *tap)."""
         return self.reads[k].layout.apart(scores, 1).transpose(0, 1)
 
-    def _read_once(self, deltas: Sequence[Tensor]) -> Tensor | None:
-        """(W²)(h²), (n, o), where a matrix meets one vector an example: no outer product."""
-        if len(self.reads) != 1 or not isinstance(self.reads[0].read, Product):
-            return None
-        placed, delta = self.reads[0], deltas[0]
-        if delta[0, 0].numel() != delta.shape[-1]:
-            return None
-        h = placed.factor.flatten(1, -2).squeeze(1)
-        squares = placed.values.square()
-        return h.square() @ (squares if placed.read.turned else squares.mT)  # type: ignore[attr-defined]
+    def _reads_once(self, deltas: Sequence[Tensor]) -> bool:
+        """Whether a matrix meets one vector an example, so that no outer product is needed."""
+        one = len(self.reads) == 1 and isinstance(self.reads[0].read, Product)
+        return one and deltas[0][0, 0].numel() == deltas[0].shape[-1]
+
+    def _powers(self, power: int) -> Tensor:
+        """(W^k)(h^k) of every example for a weight that is read once, (n, o)."""
+        placed = self.reads[0]
+        turned = isinstance(placed.read, Product) and placed.read.turned
+        h, values = placed.factor.flatten(1, -2).squeeze(1) ** power, placed.values**power
+        return h @ (values if turned else values.mT)
 
     def _chunks(self, n: int, m: int) -> Iterator[slice]:
         size = max(1, _CHUNK_NUMBERS // max(1, m * self.size))
@@ -233,8 +253,7 @@ class Weights(Source):
     def _scores(self, rows: slice | Tensor, deltas: Sequence[Tensor]) -> Tensor:
         """J of some examples in every entry, (e, m, entries)."""
         outers = [
-            placed.values * placed.read.outer(delta, placed.factor[rows])
-            for placed, delta in zip(self.reads, deltas, strict=True)
+            placed.outer(delta, rows) for placed, delta in zip(self.reads, deltas, strict=True)
         ]
         if len(outers) == 1:
             return outers[0].flatten(2)
@@ -247,4 +266,10 @@ class Weights(Source):
 def _placed(read: Read, layout: Layout, keep: bool) -> _Placed:
     factor = read.factor if keep else read.factor.detach()
     values = read.values if keep else read.values.detach()
-    return _Placed(read, layout, layout.apart(factor), values)
+    factor = layout.apart(factor)
+    # A kernel's patches hold an input as often as the kernel has places; a graph holds them too.
+    patches = isinstance(read, Convolution) and not keep
+    laid_out = None
+    if patches and factor.numel() * values[0, 0].numel() <= _LAID_OUT_NUMBERS:
+        laid_out = read.laid_out(factor)
+    return _Placed(read, layout, factor, values, laid_out)

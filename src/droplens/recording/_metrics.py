@@ -114,13 +114,13 @@ def equalisation(sample: Sample) -> Reading:
 def condensed(sample: Sample) -> Reading:
     """Directions of each layer's neurons, bias included, by their norms: three counts of them."""
     return {
-        name: {
+        layer.name: {
             "orientations": float(cover.orientations),
             "effective_ratio": cover.effective_ratio,
             "weighted_orientations": cover.weighted_orientations,
         }
-        for name, _, rows in neurons(sample.model)
-        for cover in [condensation(rows)]
+        for layer in neurons(sample.model)
+        for cover in [condensation(layer.rows)]
     }
 
 

@@ -67,7 +67,7 @@ def bars(
     if len(groups) > 1:
         base = base.encode(yOffset=alt.YOffset("group:N", sort=groups))
     chart = base.mark_bar(opacity=0.85).encode(
-        x=alt.X("value:Q", title=quantity), color=_colours(alt, groups)
+        x=alt.X("value:Q", title=quantity), color=colours(alt, groups)
     ) + _error_bars(alt, base)
     data = Table(
         (Column(rows), Column("group"), Column(quantity)),
@@ -108,7 +108,7 @@ def lines(
     few = max(len(curve.x) for curve in curves.values()) <= 40
     base = alt.Chart(alt.InlineData(values=records)).encode(
         x=alt.X("x:Q", title=x, scale=alt.Scale(zero=False, nice=False)),
-        color=_colours(alt, names, symbol="stroke"),
+        color=colours(alt, names, symbol="stroke"),
     )
     chart = base.mark_line(
         strokeWidth=2, point=alt.OverlayMarkDef(size=22) if few else False
@@ -169,7 +169,7 @@ def dots(
         .encode(
             x=alt.X("value:Q", title=quantity, scale=alt.Scale(zero=False)),
             y=axis,
-            color=_colours(alt, names).legend(None),
+            color=colours(alt, names).legend(None),
             tooltip=[
                 alt.Tooltip("row:N", title=rows),
                 alt.Tooltip("label:N", title="run"),
@@ -225,7 +225,7 @@ def split(
         .encode(
             x=alt.X("value:Q", title=quantity, stack="zero"),
             y=axis,
-            color=_colours(alt, parts),
+            color=colours(alt, parts),
             tooltip=[
                 alt.Tooltip("row:N", title="site"),
                 alt.Tooltip("group:N", title="part"),
@@ -318,7 +318,8 @@ def _refuse_empty(values: Any, name: str) -> None:
         raise ValueError(f"{name} has to hold at least one number to draw, but it is empty")
 
 
-def _colours(alt: Any, names: Sequence[str], symbol: str = "square") -> Any:
+def colours(alt: Any, names: Sequence[str], symbol: str = "square") -> Any:
+    """The page's colour scale over the groups in `names`, with a legend where there are several."""
     palette = [_SERIES[k % len(_SERIES)] for k in range(len(names))]
     return alt.Color(
         "group:N",
