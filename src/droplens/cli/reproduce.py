@@ -91,10 +91,11 @@ def reproduce(  # noqa: PLR0913 - a command's options
 
     Every claim ends as "holds", "does not hold" or "cannot conclude". Some claims we expect not to
     hold, and say why. Exit status 1: a verdict differs from the expected one.
+    \f
 
     Raises:
         Exit: with status 1, then.
-    """
+    """  # noqa: D301  # the form feed ends what --help shows
     check_output(output)
     from droplens import papers, reproduction
 
