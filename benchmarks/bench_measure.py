@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from benchmarks._peaks import MEASURES
-from benchmarks._timing import ratio, ratio_of_best, row, seconds
+from benchmarks._timing import cpu_ratio, row, seconds
 from droplens import data, measure, training
 from droplens.products import differentiable_gradient, hessian_product
 
@@ -47,8 +47,8 @@ def fisher_and_products():
     def product():
         return hessian_product(gradient, parameters, vector)
 
-    exact = ratio_of_best(lambda: measure.fisher(network, (x, y), loss), product)
-    one = ratio_of_best(product, lambda: torch.autograd.grad(loss(network(x), y), parameters))
+    exact = cpu_ratio(lambda: measure.fisher(network, (x, y), loss), product)
+    one = cpu_ratio(product, lambda: torch.autograd.grad(loss(network(x), y), parameters))
     return exact / 98, one
 
 
@@ -68,7 +68,7 @@ def top_eigenvalues():
         operator = HessianLinearOperator(network, loss, parameters, [(x, y)])
         return eigsh(operator.to_scipy(), k=5, which="LA", tol=1e-6)[0]
 
-    return ratio(lambda: measure.hessian(network, (x, y), loss, probes=2), theirs, 3)
+    return cpu_ratio(lambda: measure.hessian(network, (x, y), loss, probes=2), theirs, 3)
 
 
 def peak_memory():

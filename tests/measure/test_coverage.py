@@ -184,7 +184,7 @@ def test_fisher_spectrum_over_probes():
     truths = float((values / (values + 0.05)).sum()), float(values.sum())
     held = [0, 0]
     for seed in range(REPEATS):
-        found = measure.fisher_spectrum(model, x, CE, 0, probes=8, steps=16, seed=seed)
+        found = measure.fisher_spectrum(model, x, CE, 0, probes=32, steps=12, seed=seed)
         for k, estimate in enumerate((found.effective_dimension, found.trace)):
             low, high = estimate.interval()
             held[k] += low <= truths[k] <= high
@@ -197,7 +197,7 @@ def test_spectral_density_over_probes():
     held = torch.zeros(3)
     for seed in range(REPEATS):
         found = measure.spectral_density(
-            model, (x, y), CE, probes=8, steps=16, width=0.1, seed=seed
+            model, (x, y), CE, probes=8, steps=32, width=0.1, seed=seed
         )
         at = found.density[100]
         truths = (

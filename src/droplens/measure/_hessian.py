@@ -113,13 +113,13 @@ def hessian(  # noqa: PLR0913  # the last four are keywords with defaults
             _, Q = top_pairs(H, top, source)
             traces = _Traces(H, Q)
             traces.probe(probes, source)
-        values, residuals = rayleigh(Q, np.mean(traces.seen, 0))
+        values, residuals = rayleigh(Q, traces.mean[:, :top])
         trace, relative = traces.estimates()
     return Hessian(
         trace,
         relative,
         torch.from_numpy(values),
-        torch.from_numpy(traces.errors()),
+        torch.from_numpy(traces.errors()[:top]),
         torch.from_numpy(residuals),
         tuple(H.named(q) for q in Q.T),
         masks,
@@ -132,9 +132,7 @@ def _dense(H: WeightMatrix, top: int) -> tuple[Vector, "_Traces"]:
     """Eigenvectors and traces from the matrix itself."""
     matrix = H.products(np.eye(H.size))
     _, vectors = np.linalg.eigh((matrix + matrix.T) / 2)
-    traces = _Traces(H, vectors[:, ::-1])
-    kept = traces.restricted(top)
-    return vectors[:, ::-1][:, :top].copy(), kept
+    return vectors[:, ::-1][:, :top].copy(), _Traces(H, vectors[:, ::-1])
 
 
 class _Traces:
@@ -149,8 +147,15 @@ class _Traces:
         self._H, self._Q = H, Q
         self._squares = H.weights() ** 2
         count = H.masks.count
-        self.seen = [H.products_of_draw(draw, Q) for draw in range(count)]
-        known = [self._known(HQ) for HQ in self.seen]
+        self.mean = np.zeros_like(Q)
+        forms, known = [], []
+        for draw in range(count):
+            HQ = H.products_of_draw(draw, Q)
+            forms.append((Q * HQ).sum(0, dtype=np.float64))
+            known.append(self._known(HQ))
+            HQ /= count
+            self.mean += HQ
+        self._forms = np.array(forms)
         # (draws, 1, 2): what is known of both traces.
         self._base = torch.tensor(known, dtype=torch.float64).reshape(count, 1, 2)
         self._table = self._base
@@ -161,12 +166,6 @@ class _Traces:
         # Without arrays of Q's size on the way.
         diagonal = 2 * np.einsum("ij,ij->i", Q, HQ) - np.einsum("ij,jk,ik->i", Q, inner, Q)
         return float(np.trace(inner)), float(self._squares @ diagonal)
-
-    def restricted(self, top: int) -> "_Traces":
-        """The same traces, of which the first `top` vectors are shown."""
-        self.seen = [HQ[:, :top] for HQ in self.seen]
-        self._Q = self._Q[:, :top]
-        return self
 
     def probe(self, probes: int | None, source: torch.Generator) -> None:
         """Add as many probes as asked for, or as bring the trace's error under 5%."""
@@ -208,8 +207,7 @@ class _Traces:
 
     def errors(self) -> Vector:
         """Standard errors of qᵀHq over masks."""
-        forms = np.array([(self._Q * HQ).sum(0, dtype=np.float64) for HQ in self.seen])
-        n = len(forms)
+        forms, n = self._forms, len(self._forms)
         errors: Vector = forms.std(0, ddof=1) / math.sqrt(n) if n > 1 else np.zeros(forms.shape[1])
         return errors
 
