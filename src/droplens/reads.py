@@ -96,7 +96,8 @@ class Convolution(Read):
         h = h.unflatten(2, (self.groups, -1)).movedim(2, 1)  # (e, g, r, i/g, *L, *k)
         h = h.movedim(3, 3 + len(kernel))
         places = math.prod(h.shape[2 : 3 + len(kernel)])
-        return h.reshape(len(h), self.groups, places, -1)
+        patches: Tensor = h.reshape(len(h), self.groups, places, -1)
+        return patches
 
     def outer(self, delta: Tensor, laid_out: Tensor) -> Tensor:
         """Sums over rows and positions."""
