@@ -8,7 +8,7 @@ READY  := $(VENV)/.ready
 # One thread a worker: two workers with two threads each fight for the cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
-.PHONY: demo test test-slow lint format types doctest readme bench check clean
+.PHONY: demo claims test test-slow lint format types doctest readme bench check clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -17,6 +17,9 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY)  ## train on digits with and without dropout, explain, write report.html
 	$(BIN)/droplens demo -o report.html
+
+claims: $(READY)  ## what the papers claim, at the smallest scale
+	$(BIN)/droplens reproduce --scale test -o claims.html
 
 test: $(READY)  ## the fast suite
 	$(PYTEST) -m "not slow"
@@ -47,4 +50,4 @@ bench: $(READY)  ## speed, as ratios against peers and limits
 check: lint types doctest test
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache report.html report.json
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache report.html report.json claims.html claims.json

@@ -1,6 +1,6 @@
 """Layers with a weight matrix: torch's own, and those of other libraries that do the same."""
 
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
@@ -26,7 +26,7 @@ def is_convolution(module: nn.Module) -> TypeGuard[nn.Conv1d | nn.Conv2d | nn.Co
 def parameter_of(module: nn.Module, name: str) -> nn.Parameter:
     """A parameter itself, also where DropConnect masks what its module reads under the name."""
     if parametrize.is_parametrized(module, name):
-        listed = module.parametrizations[name]  # type: ignore[index]  # a ModuleDict
+        listed: Any = module.parametrizations[name]  # type: ignore[index]  # a ModuleDict
         if all(hasattr(each, "weight_law") for each in listed):
             whole: nn.Parameter = listed.original
             return whole

@@ -1,11 +1,14 @@
 """`droplens reproduce`: JSON alone, exit statuses, the list, one line for bad input."""
 
+import gzip
 import json
 
 import pytest
 from typer.testing import CliRunner
 
+from droplens import runs
 from droplens.cli._app import app
+from droplens.runs import _store
 
 ONE = ("P1.lower-bound", "--scale", "test", "--jobs", "1")
 
@@ -72,3 +75,70 @@ def test_bad_input_is_one_line_and_status_2(arguments, message):
     assert message in " ".join(done.stderr.replace("│", " ").split())
     assert done.stdout == ""
     assert "Traceback" not in done.stderr
+
+
+def refused(arguments, message):
+    """One line on standard error, nothing on standard output, status 2."""
+    done = invoke(*arguments)
+    assert done.exit_code == 2
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("droplens: error: ")
+    assert message in line
+
+
+def test_a_corrupt_data_file_is_named(tmp_path):
+    for part in ("train", "t10k"):
+        for name in (f"{part}-images-idx3-ubyte", f"{part}-labels-idx1-ubyte"):
+            (tmp_path / f"{name}.gz").write_bytes(gzip.compress(b"not an IDX file"))
+    page = tmp_path / "page.html"
+    words = ("P8.images", "--scale", "test", "--data", tmp_path, "-o", page, "--json")
+    refused(words, "train-images-idx3-ubyte.gz' is not an IDX file of unsigned bytes")
+    assert not page.exists()
+
+
+def test_results_of_another_version_are_refused(tmp_path, monkeypatch):
+    assert invoke(*ONE, "--resume", tmp_path).exit_code == 0
+    before = (tmp_path / runs.FILE).read_bytes()
+    newer = {**_store.versions(), "torch": "9.0"}
+    monkeypatch.setattr(_store, "versions", lambda: newer)
+    refused((*ONE, "--resume", tmp_path, "--json"), "but this is torch 9.0: name another folder")
+    assert (tmp_path / runs.FILE).read_bytes() == before
+
+
+def test_no_space_left_keeps_what_was_finished(tmp_path, monkeypatch):
+    opened = runs.Store._open
+
+    def small(self):
+        opened(self)
+        self._connection.execute("PRAGMA max_page_count = 24")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs.Store, "_open", small)
+        words = ("P1.lower-bound", "P8.tracking", "--scale", "test", "--jobs", "1", "--json")
+        page = tmp_path / "page.html"
+        refused(
+            (*words, "--resume", tmp_path / "runs", "-o", page),
+            "no space left. What was finished before is kept; --resume continues there",
+        )
+    assert not page.exists()
+    with runs.Store(tmp_path / "runs") as store:
+        assert store.count() > 0
+
+
+def test_a_page_without_space_leaves_the_old_one(tmp_path, monkeypatch):
+    from droplens.report import _files
+
+    page = tmp_path / "page.html"
+    page.write_text("before")
+    written = _files._temporary
+
+    def full(target, text):
+        if text:
+            raise OSError(28, "No space left on device")
+        return written(target, text)
+
+    monkeypatch.setattr(_files, "_temporary", full)
+    refused((*ONE, "-o", page), "page.html': No space left on device")
+    assert page.read_text() == "before"
+    assert [path.name for path in tmp_path.iterdir()] == ["page.html"]

@@ -138,14 +138,16 @@ def progress(title: str, quiet: bool = False) -> Iterator[OnProgress]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+    console = Console(stderr=True)
     bar = Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=32),
         TextColumn("{task.percentage:>3.0f}%"),
         TimeElapsedColumn(),
-        console=Console(stderr=True),
+        console=console,
         transient=True,
-        disable=quiet,
+        # A file has no use for a bar that moves; the command's errors then stand alone in it.
+        disable=quiet or not console.is_terminal,
     )
     with bar:
         task = bar.add_task(title, total=1.0)

@@ -17,6 +17,8 @@ from droplens.measure._readers import readers
 TOLERANCES: Final = (0.01, 0.02, 0.05, 0.1, 0.2)
 # Input weights a neuron up to which the plane of the picture is found from their second moment.
 _MOST_INPUTS: Final = 4096
+# Neurons that are worked on at once.
+_BLOCK: Final = 4096
 # Functions that let a neuron's sign pass: φ(−x) = −φ(x), and those that move numbers only.
 _ODD: Final = frozenset(
     [
@@ -151,31 +153,53 @@ def orientation_picture(
         ValueError: if `weights` is no finite matrix of 2 to 4,096 columns, or `amplitudes` has
             another length.
     """
-    W = finite_matrix("weights", weights).double()
+    W = finite_matrix("weights", weights)
     if not 2 <= W.shape[1] <= _MOST_INPUTS:
         raise ValueError(
             f"weights has to have 2 to {_MOST_INPUTS} columns to be drawn, but has {W.shape[1]}"
         )
-    norms = W.norm(dim=1)
-    strength = norms if amplitudes is None else amplitudes.detach().to(W)
+    norms = W.norm(dim=1).double()
+    strength = norms if amplitudes is None else amplitudes.detach().to(norms)
     if strength.shape != norms.shape:
-        raise ValueError(f"amplitudes has to have shape {tuple(norms.shape)}")
-    units = torch.where(norms[:, None] > 0, W / norms[:, None].clamp_min(1e-300), 0.0)
-    if W.shape[1] == 2:
-        plane = torch.eye(2, dtype=W.dtype, device=W.device)
-    else:
-        moment = (units * strength[:, None]).mT @ units
-        plane = torch.linalg.eigh(moment)[1][:, -2:].flip(1)
-        # The first axis points where most of the amplitude does.
-        sides = torch.sign((units * strength[:, None]).sum(0) @ plane)
-        plane = plane * torch.where(sides == 0, 1.0, sides)
-    inside = units @ plane
+        raise ValueError(
+            f"amplitudes has to have shape {tuple(norms.shape)}, but got {tuple(strength.shape)}"
+        )
+    plane = _plane(W, strength)
+    inside = torch.cat([part @ plane for part, _ in _units(W, strength)])
     angles = torch.atan2(inside[:, 1], inside[:, 0])
     if not signed:
         angles = angles.remainder(math.pi)
     total = float((strength * (norms > 0)).sum())
     share = float((strength * inside.square().sum(1)).sum()) / total if total else 0.0
     return Picture(angles, strength, share)
+
+
+def _units(W: Tensor, strength: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows of length one (or zero) and their amplitudes, some at a time: never a second copy.
+
+    Yields:
+        Blocks of both, in double precision.
+    """
+    for rows, own in zip(W.split(_BLOCK), strength.split(_BLOCK), strict=True):
+        part = rows.double()
+        norms = part.norm(dim=1, keepdim=True)
+        yield torch.where(norms > 0, part / norms, 0.0), own
+
+
+def _plane(W: Tensor, strength: Tensor) -> Tensor:
+    """Two orthonormal columns (d, 2): the axes themselves, or the leading directions."""
+    if W.shape[1] == 2:
+        return torch.eye(2, dtype=torch.float64, device=W.device)
+    moment = W.new_zeros(W.shape[1], W.shape[1], dtype=torch.float64)
+    mean = W.new_zeros(W.shape[1], dtype=torch.float64)
+    for part, own in _units(W, strength):
+        moment += (part * own[:, None]).mT @ part
+        mean += own @ part
+    plane = torch.linalg.eigh(moment)[1][:, -2:].flip(1)
+    # The first axis points where most of the amplitude does.
+    sides = torch.sign(mean @ plane)
+    turned: Tensor = plane * torch.where(sides == 0, 1.0, sides)
+    return turned
 
 
 @dataclass(frozen=True, eq=False)

@@ -55,8 +55,8 @@ class Curvature:
         parameters: how many numbers of each parameter may move.
         outputs: free outputs, n·T·C (C − 1 for softmax), against which these count.
         draws: masks in the average; None for the network without dropout.
-        mask_bias: what the finite number of masks adds to κ, of order 1/draws, from halves of them;
-            None without masks.
+        mask_bias: what the finite number of masks adds to κ, judged from halves of them by its
+            1/draws in κ²; subtract it for the limit of many masks. None without masks.
         masks: "off", or "averaged" with the same masks held for every product.
         seed: repeats slice, directions and masks.
     """
@@ -97,8 +97,8 @@ def curvature(  # noqa: PLR0913  # the last three are keywords with defaults
     model allows it; norm layers are in eval.
 
     With `draws`, z is the average over that many masks per input, the same for every product:
-    logits are averaged for "e", probabilities for "m". Their noise bends the manifold too, by
-    O(1/draws): `mask_bias` says how much.
+    logits are averaged for "e", probabilities for "m". Their noise bends the manifold too, and
+    adds O(1/draws) to κ²: `mask_bias` says how much, roughly.
 
     Args:
         model: any torch module that can be differentiated twice.
@@ -163,16 +163,17 @@ def _mask_bias(
     steps: Sequence[Tensor],
     found: Sequence[ManifoldCurvature],
 ) -> Estimate:
-    """κ of half the masks minus κ of all of them: what halving adds is what all of them add."""
+    """What the masks' noise adds to κ: it adds to κ², in inverse proportion to their number."""
     half = draws // 2
     parts = [_Network(opened, moving, range(k * half, (k + 1) * half)) for k in range(2)]
-    excess = [
-        sum(curvature_along(part, step).intrinsic for part in parts) / 2 - whole.intrinsic
-        for step, whole in zip(steps, found, strict=True)
-    ]
     # From 1/half − 1/draws to 1/draws, for odd numbers of masks too.
     share = half / (draws - half)
-    return mean_estimate([share * e for e in excess], "directions")
+    added = []
+    for step, whole in zip(steps, found, strict=True):
+        halves = sum(curvature_along(part, step).intrinsic ** 2 for part in parts) / 2
+        square = whole.intrinsic**2 - share * (halves - whole.intrinsic**2)
+        added.append(whole.intrinsic - max(0.0, square) ** 0.5)
+    return mean_estimate(added, "directions")
 
 
 def _steps(
@@ -277,7 +278,7 @@ class _Predictor:
             with masks_off(self.model):
                 yield _Opened(self, None, seed, False)
             return
-        masks = torch.Generator()
+        masks = torch.Generator(device=next(self.model.parameters()).device)
         shared = self._shares_masks()
         with masks_replaced(self.model, draw_masks(masks)):
             yield _Opened(self, masks, seed, shared)

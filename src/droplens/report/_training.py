@@ -43,13 +43,13 @@ def _shown(estimates: Sequence[Estimate]) -> Estimate | float:
 
 
 def _gap(sets: Mapping[str, Sequence[GapExplained]], unit: str) -> Section:
-    parts = {
+    parts: dict[str, Callable[[GapExplained], Estimate]] = {
         "spread": lambda g: g.spread,
         "shift": lambda g: g.shift,
         "norm mode": lambda g: g.norm_mode,
         "other data": lambda g: g.generalization,
     }
-    heads = {
+    heads: dict[str, Callable[[GapExplained], Estimate]] = {
         "training loss": lambda g: g.training,
         "held-out loss": lambda g: g.validation,
         "gap": lambda g: g.gap,

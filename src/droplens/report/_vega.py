@@ -40,6 +40,8 @@ _STYLE: Final[dict[str, Any]] = {
         "labelFontSize": 12,
         "labelLimit": 260,
         "symbolSize": 90,
+        # A reader without these fonts has wider ones: leave room between the entries.
+        "columnPadding": 22,
         "offset": 12,
     },
     "title": {"color": "var(--ink)"},
