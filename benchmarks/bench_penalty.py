@@ -9,10 +9,10 @@ from torch import nn
 import droplens as dl
 from benchmarks._memory import peak
 from benchmarks._timing import ratio, row, seconds
-from benchmarks.networks import NETWORKS
+from benchmarks.networks import NETWORKS, set_rate
 from droplens.data import digits
 from droplens.demonstration import trained
-from droplens.gates import draw_masks, masks_replaced
+from droplens.gates import draw_masks, masks_replaced, open_gates
 
 loss = nn.CrossEntropyLoss()
 # Enough for a training step to take some 40 to 130 MB.
@@ -79,9 +79,33 @@ def overheads(name):
     for method in ("gaussian", "second_order"):
         measured = ratio(lambda m=method: value(net, x, m), lambda: passes(net, x), 7)
         row(f"penalty value, {method}, {name}, over one forward + C backward passes", measured, 1.5)
+    measured = ratio(lambda: value(net, x, "masks"), lambda: passes(net, x), 5)
+    row(f"penalty value, 16 masks, {name}, over one forward + C backward passes", measured, 6)
     net.train()
     measured = ratio(lambda: value(net, x, "sampled"), lambda: plain_step(net, x, y), 15)
     row(f"penalty value, sampled, {name}, over a plain step", measured, 1.7)
+
+
+def drop_connected(name):
+    """Every weight masked: the outer products come on top of the passes."""
+    net, x, _ = untrained(name, EXAMPLES[name] // 4)
+    set_rate(net, 0.0)
+    for module in list(net.modules()):
+        if type(module) in (nn.Linear, nn.Conv2d):
+            dl.nn.drop_connect(module, "weight", 0.3)
+    opened = open_gates(net, x)
+    taps = [read.tap for gate in opened.gates if gate.weight for read in gate.weight.reads]
+
+    def least():
+        net(x)
+        for c in range(10):
+            cotangent = torch.zeros_like(opened.outputs)
+            cotangent[:, c] = 1
+            torch.autograd.grad(opened.outputs, taps, cotangent, retain_graph=True)
+
+    for method in ("gaussian", "second_order"):
+        measured = ratio(lambda m=method: value(net, x, m), least, 5)
+        row(f"DropConnect everywhere, {method}, {name}, over forward + C passes", measured, 5)
 
 
 def prepared(name, method, n):
@@ -123,6 +147,7 @@ def main():
     row("penalty value, sampled, demo network, over a plain step", measured, 1.7)
     for name in NETWORKS:
         overheads(name)
+        drop_connected(name)
         memory(name)
     measured, needed = gaussian_over_masks(net, x, y)
     row(f"Gaussian per example, over {needed:.0f} masks of the same median error", measured, 0.05)

@@ -18,7 +18,7 @@ from droplens.penalties._sources import Source, source_of, tensors_of
 from droplens.products import term_jacobian
 
 # Numbers of Jacobians held at once where no graph is kept: a few of a training step's activations.
-_HELD_NUMBERS = 1 << 23
+_HELD_NUMBERS = 5 << 20
 
 T = TypeVar("T")
 
@@ -160,12 +160,14 @@ def opened_in_parts(
     whole = open_network(model, inputs, family, targets, names, keep)
     held = rows_held or len(family.contrasts(whole.f[:1]))
     numbers, n = held * sum(t.numel() for t in whole.tensors), len(whole.f)
-    if keep or numbers <= _HELD_NUMBERS or n_examples(inputs) != n:
+    # Every part is opened anew, which takes the longer the more sites there are.
+    limit = _HELD_NUMBERS * max(1, len(whole.sources) // 4)
+    if keep or numbers <= limit or n_examples(inputs) != n:
         yield whole
         return
     f, weights, divisor = whole.f.detach(), whole.weights.detach(), whole.divisor
     del whole  # its graph, before those of the parts
-    size = max(1, n * _HELD_NUMBERS // numbers)
+    size = max(1, n * limit // numbers)
     for start in range(0, n, size):
         rows = slice(start, start + size)
         own = None if targets is None else targets[rows]
