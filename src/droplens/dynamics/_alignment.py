@@ -27,7 +27,8 @@ class Alignment:
 
     Args:
         value: the alignment, 1 where Σ ∝ H; standard error over masks and probes.
-        null: its mean were the eigenvectors of Σ random (Haar): tr H tr Σ/(d ‖H‖ ‖Σ‖).
+        null: its mean were the eigenvectors of Σ random (Haar): tr H tr Σ/(d ‖H‖ ‖Σ‖); its error
+            is at most √2 times too large.
         null_deviation: its standard deviation under that law,
             √(2/((d − 1)(d + 2))) ‖H₀‖ ‖Σ₀‖/(‖H‖ ‖Σ‖), H₀ and Σ₀ without their traces.
         trace_product: Tr(HΣ).

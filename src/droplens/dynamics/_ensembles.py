@@ -17,6 +17,9 @@ from droplens.measure._risk import Loss
 class Ensembles:
     """Three predictors made of one network's masks, in units of the loss; errors over masks.
 
+    A divergence below ½ tr(H Σ_f)/draws, the bias that is removed from it, has an error that is too
+    small; its value may fall below zero.
+
     Args:
         scaled: the loss of the network without masks, which is what a model in eval mode predicts.
         geometric: the loss at f̄ = E_z f_z, the geometric mean of the predicted distributions.
