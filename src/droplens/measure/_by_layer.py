@@ -198,7 +198,8 @@ def _plane(W: Tensor, strength: Tensor) -> Tensor:
     plane = torch.linalg.eigh(moment)[1][:, -2:].flip(1)
     # The first axis points where most of the amplitude does.
     sides = torch.sign(mean @ plane)
-    return plane * torch.where(sides == 0, 1.0, sides)
+    turned: Tensor = plane * torch.where(sides == 0, 1.0, sides)
+    return turned
 
 
 @dataclass(frozen=True, eq=False)
