@@ -1,12 +1,16 @@
 """Measures against what they replace: `python -m benchmarks.bench_measure`."""
 
+import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from benchmarks._timing import ratio, row, seconds
+from benchmarks._peaks import MEASURES
+from benchmarks._timing import ratio, ratio_of_best, row, seconds
 from droplens import data, measure, training
 from droplens.products import differentiable_gradient, hessian_product
 
@@ -43,8 +47,8 @@ def fisher_and_products():
     def product():
         return hessian_product(gradient, parameters, vector)
 
-    exact = ratio(lambda: measure.fisher(network, (x, y), loss), product)
-    one = ratio(product, lambda: torch.autograd.grad(loss(network(x), y), parameters))
+    exact = ratio_of_best(lambda: measure.fisher(network, (x, y), loss), product)
+    one = ratio_of_best(product, lambda: torch.autograd.grad(loss(network(x), y), parameters))
     return exact / 98, one
 
 
@@ -65,6 +69,24 @@ def top_eigenvalues():
         return eigsh(operator.to_scipy(), k=5, which="LA", tol=1e-6)[0]
 
     return ratio(lambda: measure.hessian(network, (x, y), loss, probes=2), theirs, 3)
+
+
+def peak_memory():
+    """Highest memory of every measure over that of training steps, each in its own process."""
+    # Large blocks go back to the system at once, so that the highest is what was held together.
+    environment = os.environ | {
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "MALLOC_TRIM_THRESHOLD_": "65536",
+        "OMP_NUM_THREADS": "1",
+    }
+
+    def peak(name):
+        command = [sys.executable, "-m", "benchmarks._peaks", name]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        return float(done.stdout.split()[-1])
+
+    step = peak("training step")
+    return {name: peak(name) / step for name in MEASURES if name != "training step"}
 
 
 class PeakMemory:
@@ -109,6 +131,8 @@ def main():
         print("top five eigenvalues over curvlinops + eigsh | curvlinops is not installed | 0.6")
     else:
         row("top five eigenvalues over curvlinops + eigsh", top, 0.6)
+    for name, peak in peak_memory().items():
+        row(f"peak memory over that of a training step: {name}", peak, 2)
     gib, taken = condensation_memory()
     row(f"condensation of 100,000 neurons × 256, GiB with the weights ({taken:.0f} s)", gib, 1)
 

@@ -181,6 +181,7 @@ def test_frozen_and_shared_weights():
         ({"model": "net"}, TypeError, "model has to be a torch module, but got str"),
         ({"loss": nn.HuberLoss()}, TypeError, "loss HuberLoss is not one"),
         ({"method": "exact"}, ValueError, "method has to be one of 'gaussian', 'second_order'"),
+        ({"method": "masks"}, ValueError, "method has to be one of 'gaussian'.*, but got 'masks'"),
         ({"sites": ["head"]}, ValueError, "sites holds 'head'"),
         ({"model": network().half()}, ValueError, "too coarse"),
         ({"model": Outputs(lambda f: (f, f))}, TypeError, "returned a tuple of 2"),

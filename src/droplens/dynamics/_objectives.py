@@ -14,11 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from droplens.dynamics._masked import check_learning_rate
-from droplens.dynamics._replace import DeterministicDropout
+from droplens.dynamics._replace import DeterministicDropout, Method
 from droplens.dynamics._training import loss_on, masks_from, masks_in_training, nothing_dropped
 from droplens.measure._checks import trainable
 from droplens.measure._risk import Loss
-from droplens.penalties._penalty import Method
 
 Objective = Callable[[nn.Module, Any, Tensor], Tensor]
 

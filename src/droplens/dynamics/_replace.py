@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final, final, get_args
+from typing import Any, Final, Literal, final, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,10 @@ from droplens.dynamics._training import (
 from droplens.losses import family as family_of
 from droplens.measure._risk import Loss
 from droplens.penalties import penalty
-from droplens.penalties._penalty import Method
 from droplens.quadrature import turned_points
+
+# Those of `penalty` that draw no mask.
+Method = Literal["gaussian", "second_order", "sampled"]
 
 _SEEDS: Final = 2**53
 
@@ -72,7 +74,7 @@ class DeterministicDropout:
         Raises:
             ValueError: if a site cannot be replaced: it has no law, or its mask mixes examples.
         """
-        seen: list[Any] = []
+        seen: list[Any] = []  # outputs; the first are those of the whole batch
         source = torch.Generator()
         if self._random:
             source.manual_seed(self._seed())
@@ -100,7 +102,7 @@ class DeterministicDropout:
         if has_live_norm(self.model):
             with masks_in_training(self.model, nothing_dropped):
                 return Step(loss_on(self.model, inputs, targets, loss), value.total)
-        return Step(loss.value(one_tensor(seen[-1]), targets), value.total)
+        return Step(loss.value(one_tensor(seen[0]), targets), value.total)
 
     def _seed(self) -> int:
         """For probes and points: from the generator, or as masks do from torch's global stream."""
@@ -129,6 +131,13 @@ def replace_dropout(
     "gaussian" integrates over a small set of points, which is turned at random at every call: a
     network trained on one fixed set fits the points (on a small CNN until the value was a tenth of
     the integral). "second_order" draws nothing.
+
+    How near that comes, on digits with p = .5 and small full-batch steps: accuracy as with dropout
+    in all cases. Squared loss before the last layer: R_S and R_1 within 1%. Cross-entropy before
+    the last layer of a CNN: 4% and 8% with 384 units there, 19% and 12% with 96, too few for a
+    Gaussian. With dropout before a hidden layer as well, R_1 came out 37% higher in one run,
+    because there the outputs are not affine in the gates. Larger steps, or Adam, also feel
+    the noise of the masks, which is gone here: `dynamics.penalty_and_noise` puts it back.
 
     Norm layers in train mode keep their statistics from the base's forward pass; the penalty takes
     them in eval, because they would mix its examples (one more forward pass). Freezing them in

@@ -158,7 +158,8 @@ class _Traces:
     def _known(self, HQ: Vector) -> tuple[float, float]:
         Q = self._Q
         inner = Q.T @ HQ
-        diagonal = 2 * (Q * HQ).sum(1) - ((Q @ inner) * Q).sum(1)
+        # Without arrays of Q's size on the way.
+        diagonal = 2 * np.einsum("ij,ij->i", Q, HQ) - np.einsum("ij,jk,ik->i", Q, inner, Q)
         return float(np.trace(inner)), float(self._squares @ diagonal)
 
     def restricted(self, top: int) -> "_Traces":
@@ -184,7 +185,7 @@ class _Traces:
         size = columns_at_once(H.size, _PILOT)
         parts = []
         for start in range(0, count, size):
-            S = random_signs(H.size, min(size, count - start), source).astype(H.dtype)
+            S = random_signs(H.size, min(size, count - start), source, H.dtype)
             Z = S - Q @ (Q.T @ S)
             part = np.empty((H.masks.count, Z.shape[1], 2))
             for draw in range(H.masks.count):

@@ -46,7 +46,7 @@ class WeightMatrix(ABC):
         self._names, self.parameters = list(parameters), list(parameters.values())
         self.size = sum(p.numel() for p in self.parameters)
         single = all(p.dtype == torch.float32 for p in self.parameters)
-        self.dtype = np.float32 if single else np.float64
+        self.dtype: type[np.floating[Any]] = np.float32 if single else np.float64
         self.divisor = 1.0  # what the loss divides by over all data, known after a product
         self._curved = False
         self._held: tuple[float, Product] | None = None
@@ -104,15 +104,14 @@ class WeightMatrix(ABC):
         return _flat(self.parameters, np.dtype(self.dtype))
 
     def _sum(self, V: Vector, draws: range) -> Vector:
-        vectors = [self._split(column) for column in V.T]
         result = np.zeros_like(V)
         masses = 0.0
         kept = [(0, *self._held)] if self._held else None
         for draw, mass, product in kept or self._graphs(draws):
             if draw == draws[0] or kept:
                 masses += mass
-            for k, vector in enumerate(vectors):
-                own = _flat(product(vector), V.dtype)
+            for k, column in enumerate(V.T):
+                own = _flat(product(self._split(column)), V.dtype)
                 own *= mass
                 result[:, k] += own
             del product  # or its graph would live on while the next one is built

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from droplens import masks
+from droplens.papers._claim import Numbers
+from droplens.papers._streams import seeded
 from droplens.papers._theory import Theory
 
 
@@ -168,22 +170,27 @@ def follow(
     noise: Noise,
     plan: Steps,
     draws: int,
-    generators: tuple[torch.Generator, torch.Generator],
+    seeds: Sequence[int],
     swapped: bool = False,
-) -> dict[str, Tensor]:
+) -> Numbers:
     """Train under noise; at each recorded step hold the sampled against the predicted objective.
 
     Returns:
-        `ratio` (S,): sampled excess over predicted penalty, both summed over the steps;
-        `sampled` and `predicted`, the two objectives, (T, S).
+        by seed: `value`, sampled excess over predicted penalty, both summed over the steps; the
+        curves `step`, `sampled` and `predicted`, the two objectives.
     """
-    path = factorise(M, factors, noise, plan, generators[0])
+    path = factorise(M, factors, noise, plan, seeded(seeds))
+    masks_seen = seeded(seeds, salt=1)
     sampled, predicted, bare = [], [], []
     for U, V in zip(path.outgoing, path.incoming, strict=True):
-        noisy, quiet = sampled_loss(M, U, V, noise, draws, generators[1]), plain_loss(M, U, V)
+        noisy, quiet = sampled_loss(M, U, V, noise, draws, masks_seen), plain_loss(M, U, V)
         sampled.append(quiet if swapped else noisy)
         bare.append(noisy if swapped else quiet)
         predicted.append(bare[-1] + penalty(U, V, noise.covariance(U.shape[-1])))
-    noisy, quiet, told = torch.stack(sampled), torch.stack(bare), torch.stack(predicted)
-    ratio = (noisy - quiet).sum(0) / (told - quiet).sum(0)
-    return {"ratio": ratio, "sampled": noisy, "predicted": told, "step": torch.tensor(path.steps)}
+    noisy, quiet, told = torch.stack(sampled), torch.stack(bare), torch.stack(predicted)  # (T, S)
+    return {
+        "value": ((noisy - quiet).sum(0) / (told - quiet).sum(0)).tolist(),
+        "step": [[float(step) for step in path.steps]] * len(seeds),
+        "sampled": noisy.mT.tolist(),
+        "predicted": told.mT.tolist(),
+    }

@@ -17,6 +17,24 @@ def _random_factors(seed: int, setting: Setting) -> tuple[np.ndarray, np.ndarray
     )
 
 
+def _equalized(
+    seed: int, setting: Setting, theory: Theory
+) -> tuple[tuple[np.ndarray, np.ndarray], np.ndarray]:
+    """Random factors, equalised (not so under swapped losses), and the product before."""
+    U, V = _random_factors(seed, setting)
+    if setting["tied"]:
+        V = U
+    W = U @ V.T
+    if theory.swapped:
+        return (U, V), W
+    even = equalize(U, None if setting["tied"] else V)
+    return (even.outgoing, even.incoming), W
+
+
+def _nuclear(W: np.ndarray) -> float:
+    return float(np.linalg.svd(W, compute_uv=False).sum())
+
+
 def measure_algorithm(setting: Setting, seeds: Sequence[int], theory: Theory) -> Numbers:
     """The largest error of: ‖u_i‖‖v_i‖ = ‖UVᵀ‖_*/r after equalisation; the product unchanged.
 
@@ -24,14 +42,8 @@ def measure_algorithm(setting: Setting, seeds: Sequence[int], theory: Theory) ->
     """
     values = []
     for seed in seeds:
-        U, V = _random_factors(seed, setting)
-        if setting["tied"]:
-            V = U
-        W = U @ V.T
-        nuclear = float(np.linalg.svd(W, compute_uv=False).sum())
-        if not theory.swapped:
-            even = equalize(U, None if setting["tied"] else V)
-            U, V = even.outgoing, even.incoming
+        (U, V), W = _equalized(seed, setting, theory)
+        nuclear = _nuclear(W)
         uneven = np.abs(importance(U, V) * setting["r"] / nuclear - 1).max()
         moved = np.abs(U @ V.T - W).max() / np.abs(W).max()
         values.append(float(max(uneven, moved)))
@@ -42,14 +54,8 @@ def measure_bound(setting: Setting, seeds: Sequence[int], theory: Theory) -> Num
     """Σ ‖u_i‖²‖v_i‖² over its lower bound ‖UVᵀ‖_*²/r, after equalisation."""
     values = []
     for seed in seeds:
-        U, V = _random_factors(seed, setting)
-        if setting["tied"]:
-            V = U
-        nuclear = float(np.linalg.svd(U @ V.T, compute_uv=False).sum())
-        if not theory.swapped:
-            even = equalize(U, None if setting["tied"] else V)
-            U, V = even.outgoing, even.incoming
-        bound = theory.factor * nuclear**2 / setting["r"]
+        (U, V), W = _equalized(seed, setting, theory)
+        bound = theory.factor * _nuclear(W) ** 2 / setting["r"]
         values.append(float((importance(U, V) ** 2).sum() / bound))
     return {"value": values}
 
@@ -68,7 +74,7 @@ def measure_rotation(setting: Setting, seeds: Sequence[int], theory: Theory) -> 
             U, V = np.diag([2.0, 1.0]), np.eye(2)
         else:
             U, V = _random_factors(seed, {"d_out": 3, "d_in": 4, "r": 2})
-        nuclear = float(np.linalg.svd(U @ V.T, compute_uv=False).sum())
+        nuclear = _nuclear(U @ V.T)
         if theory.repaired:
             left, sizes, right = np.linalg.svd(U @ V.T, full_matrices=False)
             U, V = left[:, :2] * np.sqrt(sizes[:2]), right[:2].T * np.sqrt(sizes[:2])

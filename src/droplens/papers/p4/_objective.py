@@ -33,21 +33,15 @@ def measure_tracking(setting: Setting, seeds: Sequence[int], theory: Theory) -> 
     weights = setting["drops"] == "weights"
     noise = Coins(1 - setting["keep"], setting["block"], weights, theory)
     plan = Steps(setting["steps"], 0.01 * setting["keep"], setting["steps"] // 5)
-    found = follow(
+    return follow(
         U0 @ V0.mT + 0.1 * extra,
         (factors[0], factors[1]),
         noise,
         plan,
         setting["masks"],
-        (seeded(seeds), seeded(seeds, salt=1)),
+        seeds,
         theory.swapped,
     )
-    return {
-        "value": found["ratio"].tolist(),
-        "step": [found["step"].tolist()] * len(seeds),
-        "sampled": found["sampled"].mT.tolist(),
-        "predicted": found["predicted"].mT.tolist(),
-    }
 
 
 def measure_general(setting: Setting, seeds: Sequence[int], theory: Theory) -> Numbers:

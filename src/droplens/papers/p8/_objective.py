@@ -8,7 +8,6 @@ import torch
 
 from droplens.papers._claim import Cell, Claim, Criterion, Numbers, Setting
 from droplens.papers._factorization import Coins, Steps, follow, normal
-from droplens.papers._streams import seeded
 from droplens.papers._theory import Theory
 from droplens.report import Curve, Figure, lines
 
@@ -24,21 +23,15 @@ def measure_tracking(setting: Setting, seeds: Sequence[int], theory: Theory) -> 
     factors = normal([seed + 1000 for seed in seeds], (n, d), (n, d), deviation=0.1)
     # The noise of the loss grows as 1/θ², and the largest stable step falls with it.
     plan = Steps(setting["steps"], setting["rate"] * setting["keep"], setting["steps"] // 5)
-    found = follow(
+    return follow(
         U0 @ V0.mT,
         (factors[0], factors[1]),
         Coins(p, theory=theory),
         plan,
         setting["masks"],
-        (seeded(seeds), seeded(seeds, salt=1)),
+        seeds,
         theory.swapped,
     )
-    return {
-        "value": found["ratio"].tolist(),
-        "step": [found["step"].tolist()] * len(seeds),
-        "sampled": found["sampled"].mT.tolist(),
-        "predicted": found["predicted"].mT.tolist(),
-    }
 
 
 def measure_duplication(setting: Setting, seeds: Sequence[int], theory: Theory) -> Numbers:
