@@ -1,32 +1,26 @@
 """Curvature of a network's model manifold: its predictions as its weights move (theory §4; P3)."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Final, NamedTuple, final
+from typing import Any, Final, final
 
 import torch
 from torch import Tensor, nn
 from torch.func import jvp, vjp
 
-from droplens.batches import checked_passes, n_examples, rows_of
 from droplens.calling import ForwardError, check_outputs
-from droplens.discovery import Call
 from droplens.estimates import Estimate, mean_estimate
-from droplens.gates import draw_masks, masks_off, masks_replaced
 from droplens.losses import Family, Squared
 from droplens.losses import family as family_of
 from droplens.measure._checks import trainable
-from droplens.measure._coordinates import Connection, Metric, coordinates, freedom, metric_at
+from droplens.measure._coordinates import Connection, Metric, freedom, metric_at
 from droplens.measure._directions import Direction, given_direction
 from droplens.measure._manifold import ManifoldCurvature, TangentMap, curvature_along, not_twice
-from droplens.measure._risk import Caller
+from droplens.measure._predictor import EXAMPLES, Opened, Piece, predictor_of
 from droplens.measure._slices import Slice, slice_of
 from droplens.randomness import private_generator
 
-# Examples a pass: their activations in double precision stay below a training step's.
-_EXAMPLES: Final = 256
 # What single precision can be asked for, where a model refuses double.
 _COARSE: Final = 1e-4
 
@@ -130,7 +124,7 @@ def curvature(  # noqa: PLR0913  # the last three are keywords with defaults
         raise ValueError(f"draws has to be a whole number of at least 2, or None, but got {draws}")
     family, (source, used_seed) = family_of(loss), private_generator(generator, seed)
     trainable(model)
-    predictor = _predictor(model, inputs, family, connection)
+    predictor = predictor_of(model, inputs, family, connection)
     moving = slice_of(model, parameters, predictor.dtype, source)
     steps = _steps(model, directions, moving, source)
     with predictor.opened(draws, used_seed) as opened:
@@ -157,7 +151,7 @@ def curvature(  # noqa: PLR0913  # the last three are keywords with defaults
 
 
 def _mask_bias(
-    opened: "_Opened",
+    opened: "Opened",
     moving: Slice,
     draws: int,
     steps: Sequence[Tensor],
@@ -217,134 +211,11 @@ def _steps(
     return steps
 
 
-class _Piece(NamedTuple):
-    """Some examples, and the number they carry in the order of all pieces."""
-
-    inputs: Any
-    number: int
-    size: int
-
-
-@final
-class _Predictor:
-    """The model in the precision it bears, and its inputs piece by piece."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        inputs: Any,
-        family: Family,
-        connection: Connection,
-        dtype: torch.dtype,
-    ) -> None:
-        self.model, self.family, self.connection, self.dtype = model, family, connection, dtype
-        self.caller = Caller(model)
-        trains = {name for name, p in model.named_parameters() if p.requires_grad}
-        fixed = [*model.named_parameters(), *model.named_buffers()]
-        self.fixed = {name: _cast(t.detach(), dtype) for name, t in fixed if name not in trains}
-        self._batches = checked_passes(inputs, model)
-
-    def pieces(self) -> Iterator[_Piece]:
-        """All examples, at most 256 at a time.
-
-        Yields:
-            Each piece.
-        """
-        number = 0
-        for batch in self._batches:
-            n = n_examples(batch.inputs)
-            for start in range(0, n, _EXAMPLES):
-                part = (
-                    rows_of(batch.inputs, slice(start, start + _EXAMPLES))
-                    if (n > _EXAMPLES)
-                    else batch.inputs
-                )
-                yield _Piece(_cast(part, self.dtype), number, n_examples(part))
-                number += 1
-
-    def point(self, state: Mapping[str, Tensor], inputs: Any) -> tuple[Tensor, Tensor]:
-        """Natural parameters f and coordinates z of some examples, (n, T, C) both."""
-        f = self.family.natural(self.caller.at({**state, **self.fixed}, inputs))
-        return f, coordinates(self.family, f, self.connection)
-
-    @contextmanager
-    def opened(self, draws: int | None, seed: int) -> Iterator["_Opened"]:
-        """While open, dropout is off, or each draw's masks are in its place.
-
-        Yields:
-            The predictor with the masks under our control.
-        """
-        if draws is None:
-            with masks_off(self.model):
-                yield _Opened(self, None, seed, False)
-            return
-        masks = torch.Generator(device=next(self.model.parameters()).device)
-        shared = self._shares_masks()
-        with masks_replaced(self.model, draw_masks(masks)):
-            yield _Opened(self, masks, seed, shared)
-
-    def _shares_masks(self) -> bool:
-        """Whether all examples of a pass share a mask, as under DropConnect."""
-        found: list[bool] = []
-
-        def note(call: Call, x: Tensor) -> Tensor:
-            found.append(call.of_weights)
-            return x
-
-        state = {n: _cast(p.detach(), self.dtype) for n, p in trainable(self.model).items()}
-        with torch.no_grad(), masks_replaced(self.model, note):
-            self.point(state, next(iter(self.pieces())).inputs)
-        return any(found)
-
-
-@dataclass(frozen=True)
-class _Opened:
-    """A predictor whose masks are ours, and the generator they come from."""
-
-    predictor: _Predictor
-    masks: torch.Generator | None
-    seed: int
-    shared: bool
-
-    def point(
-        self, state: Mapping[str, Tensor], piece: _Piece, draws: range
-    ) -> tuple[Tensor, Tensor]:
-        """Sums of f and z over `draws`, whose masks are the same in every call."""
-        if self.masks is None:
-            return self.predictor.point(state, piece.inputs)
-        self.masks.manual_seed(_mixed(self.seed, draws.start, len(draws), piece.number))
-        f, z = self.predictor.point(state, _repeated(piece, len(draws)))
-        each = (len(draws), piece.size, *f.shape[1:])
-        return f.view(each).sum(0), z.view(each).sum(0)
-
-
-def _repeated(piece: _Piece, times: int) -> Any:
-    """The examples of a piece, one copy after the other: each gets masks of its own."""
-
-    def repeat(inputs: Any) -> Any:
-        if isinstance(inputs, Tensor):
-            own = inputs.dim() and len(inputs) == piece.size
-            return inputs.repeat(times, *(1,) * (inputs.dim() - 1)) if own else inputs
-        if isinstance(inputs, Mapping):
-            return {name: repeat(value) for name, value in inputs.items()}
-        if isinstance(inputs, list | tuple):
-            return tuple(repeat(value) for value in inputs)
-        return inputs
-
-    return repeat(piece.inputs)
-
-
-def _mixed(seed: int, *numbers: int) -> int:
-    for number in numbers:
-        seed = (seed * 6364136223846793005 + 1442695040888963407 + number) % 2**63
-    return seed
-
-
 @final
 class _Network(TangentMap):
     """The predictions of a network, or their average over masks, as a function of a slice."""
 
-    def __init__(self, opened: _Opened, moving: Slice, draws: range) -> None:
+    def __init__(self, opened: Opened, moving: Slice, draws: range) -> None:
         self._opened, self._moving, self._draws = opened, moving, draws
         predictor = opened.predictor
         self._predictor, self._theta, self.size = predictor, moving.values(), moving.size
@@ -410,15 +281,15 @@ class _Network(TangentMap):
             slopes.append(slope / len(self._draws))
         return torch.cat(values), torch.cat(slopes)
 
-    def _coordinates(self, piece: _Piece, group: range) -> Any:
+    def _coordinates(self, piece: Piece, group: range) -> Any:
         def point(theta: Tensor) -> Tensor:
             return self._opened.point(self._moving.state(theta), piece, group)[1]
 
         return point
 
-    def _groups(self, piece: _Piece) -> list[range]:
+    def _groups(self, piece: Piece) -> list[range]:
         """Draws that fit one pass together."""
-        size = 1 if self._opened.shared else max(1, _EXAMPLES // piece.size)
+        size = 1 if self._opened.shared else max(1, EXAMPLES // piece.size)
         return [self._draws[start : start + size] for start in range(0, len(self._draws), size)]
 
     def _means(self) -> tuple[Tensor, Tensor]:
@@ -469,29 +340,3 @@ def _check_room(size: int, free: int, z: Tensor, family: Family) -> None:
         "curvature is zero whatever the network. Give more inputs, or a slice of the parameters: "
         "parameters=['name', ...] or parameters=<how many numbers to draw>"
     )
-
-
-def _predictor(model: nn.Module, inputs: Any, family: Family, connection: Connection) -> _Predictor:
-    """In double precision if the model runs in it, else in its own."""
-    fine = _Predictor(model, inputs, family, connection, torch.float64)
-    own = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    if own == torch.float64:
-        return fine
-    state = {name: p.detach().double() for name, p in trainable(model).items()}
-    try:
-        with torch.no_grad(), masks_off(model):
-            fine.point(state, next(iter(fine.pieces())).inputs)
-    except (ForwardError, ValueError):
-        # Its own precision either works or says what is wrong.
-        return _Predictor(model, inputs, family, connection, own)
-    return fine
-
-
-def _cast(inputs: Any, dtype: torch.dtype) -> Any:
-    if isinstance(inputs, Tensor):
-        return inputs.to(dtype) if inputs.is_floating_point() else inputs
-    if isinstance(inputs, Mapping):
-        return {name: _cast(value, dtype) for name, value in inputs.items()}
-    if isinstance(inputs, list | tuple):
-        return tuple(_cast(value, dtype) for value in inputs)
-    return inputs
