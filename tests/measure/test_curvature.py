@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import droplens as dl
 from droplens import measure
 from droplens.estimates import mean_estimate
-from droplens.measure import _curvature
+from droplens.measure import _curvature, _predictor
 from tests.reference_measure import dense_curvature, flat_parameters, mean_metric, unflatten
 
 CE = nn.CrossEntropyLoss()
@@ -156,7 +156,8 @@ def test_pieces_and_loaders_change_nothing(draws, monkeypatch):
         assert measure.curvature(model, loader, CE, "m", v).intrinsic.value == pytest.approx(
             whole.intrinsic.value, rel=1e-8
         )
-        monkeypatch.setattr(_curvature, "_EXAMPLES", 5)
+        monkeypatch.setattr(_predictor, "EXAMPLES", 5)
+        monkeypatch.setattr(_curvature, "EXAMPLES", 5)
         parts = measure.curvature(model, x, CE, "m", v)
         assert parts.intrinsic.value == pytest.approx(whole.intrinsic.value, rel=1e-8)
 
@@ -181,7 +182,7 @@ def test_the_average_over_given_masks_equals_the_dense_one(connection):
     model, x = network(), points()
     v, draws = step(model), 4
     found = measure.curvature(model, x, CE, connection, [v], draws, seed=3)
-    masks = torch.Generator().manual_seed(_curvature._mixed(3, 0, draws, 0))
+    masks = torch.Generator().manual_seed(_predictor._mixed(3, 0, draws, 0))
     shape = (draws * 14, 3)
     z = dl.masks.Bernoulli(0.5).sample(shape, masks, dtype=F64).view(draws, 14, 3)
 
