@@ -61,7 +61,9 @@ def penalty(  # noqa: PLR0913  # the last five are keywords with defaults
     unbiased for it and for its gradient (a drawn label ŷ in place of ξ, as in P5, is unbiased for
     the value alone). Gaussian: the output noise has covariance K = Σ_sites J_h C̄ J_hᵀ per
     example, and the spread is E_ε[A(f + ε) − A(f) − ∇A(f)ᵀε] with ε ~ N(0, K). For squared loss
-    the first and the last are the same number. Masks: E_z A(f_z) − A(E_z f_z) itself from a few
+    the first and the last are the same number. Its points are fixed, so that two calls agree; a
+    network trained on them fits them, and `droplens.replace_dropout` turns them at every step.
+    Masks: E_z A(f_z) − A(E_z f_z) itself from a few
     draws, without bias and with a standard error; where dropout works through many bent layers
     nothing else comes near (docs/gaussian.md). The value leaves out the shift, which vanishes where
     the outputs are affine in the gates.
