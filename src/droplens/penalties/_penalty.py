@@ -63,10 +63,9 @@ def penalty(  # noqa: PLR0913  # the last five are keywords with defaults
     example, and the spread is E_ε[A(f + ε) − A(f) − ∇A(f)ᵀε] with ε ~ N(0, K). For squared loss
     the first and the last are the same number. Its points are fixed, so that two calls agree; a
     network trained on them fits them, and `droplens.replace_dropout` turns them at every step.
-    Masks: E_z A(f_z) − A(E_z f_z) itself from a few
-    draws, without bias and with a standard error; where dropout works through many bent layers
-    nothing else comes near (docs/gaussian.md). The value leaves out the shift, which vanishes where
-    the outputs are affine in the gates.
+    Masks: E_z A(f_z) − A(E_z f_z) itself from a few draws, without bias and with a standard error;
+    where dropout works through many bent layers nothing else comes near (docs/gaussian.md). The
+    value leaves out the shift, which vanishes where the outputs are affine in the gates.
 
     Args:
         model: any torch module; its sites' train-mode laws count, whatever mode it is in.
