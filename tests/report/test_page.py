@@ -164,6 +164,28 @@ def test_text_stands_out_from_the_paper(reader, written, scheme):
         assert _contrast(paper, _luminance(seen.style(":root", f"--series-{k}"))) >= 3, k
 
 
+@pytest.mark.parametrize("width", [375, 760, 1280])
+def test_a_legend_of_long_names_is_shown_whole(reader, tmp_path, width):
+    names = [f"sampled, keep 0.5, block {k}" for k in range(6)]
+    curves = {name: report.Curve([0.0, 1.0, 2.0], [1.0 + k, 2.0, 3.0 + k]) for k, name in
+              enumerate(names)}  # fmt: skip
+    figure = report.lines(curves, title="Six lines", x="step", y="objective (squared)")
+    document = report.Document("Legends", "", [], [report.Section("Lines", "", [figure])])
+    path = report.write_page(document, tmp_path / "page.html")
+    page = reader(viewport={"width": width, "height": 800}).open(path).scroll_through().page
+    outside = page.eval_on_selector_all(
+        ".interactive svg",
+        """all => all.flatMap(svg => {
+            const frame = svg.getBoundingClientRect();
+            return [...svg.querySelectorAll(".role-legend-label text")]
+                .filter(text => text.getBoundingClientRect().top < frame.top - 1
+                             || text.getBoundingClientRect().right > frame.right + 1)
+                .map(text => text.textContent);
+        })""",
+    )
+    assert outside == []
+
+
 @pytest.mark.parametrize("width", [320, 375])
 def test_fits_a_phone(reader, written, width):
     page = reader(viewport={"width": width, "height": 700}).open(written).scroll_through().page

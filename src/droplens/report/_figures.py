@@ -332,15 +332,19 @@ def _legend(alt: Any, names: Sequence[str], symbol: str) -> Any:
     if len(names) < 2:
         return None
     size = 500 if symbol == "stroke" else 90
-    # As many entries a line as the chart is wide for: a phone shows them one below the other.
+    # As many entries a line as the chart is wide for: a phone shows them one below the other. The
+    # plot's own width shrinks after the legend's lines have been given their room, so the axis is
+    # allowed for at once.
     entry = 7 * max(map(len, names)) + (44 if symbol == "stroke" else 28)
+    container = "containerSize()[0]"
+    room = f"min(width, isFinite({container}) ? {container} - 90 : width)"
     return alt.Legend(
         title=None,
         symbolType=symbol,
         symbolSize=size,
         symbolOpacity=1,
         symbolStrokeWidth=2,
-        columns=alt.ExprRef(f"max(1, floor(width / {entry}))"),
+        columns=alt.ExprRef(f"max(1, floor({room} / {entry}))"),
     )
 
 
