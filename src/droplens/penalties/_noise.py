@@ -18,7 +18,7 @@ from droplens.penalties._sources import Source, source_of, tensors_of
 from droplens.products import term_jacobian
 
 # Numbers of Jacobians held at once where no graph is kept: a few of a training step's activations.
-_HELD_NUMBERS = 5 << 20
+_HELD_NUMBERS = 7 << 20
 
 T = TypeVar("T")
 
