@@ -24,11 +24,12 @@ def _measure(prepare: Callable[[], Callable[[], object]], ours: Connection) -> N
     call = prepare()
     # Linux: the high-water mark of this process from here on, not what it inherits.
     pathlib.Path("/proc/self/clear_refs").write_text("5")
-    before = _kilobytes("VmRSS")
+    before = kilobytes("VmRSS")
     call()
-    ours.send(1024.0 * (_kilobytes("VmHWM") - before))
+    ours.send(1024.0 * (kilobytes("VmHWM") - before))
 
 
-def _kilobytes(field: str) -> int:
+def kilobytes(field: str) -> int:
+    """A field of /proc/self/status. (rusage would count what the parent held at the fork.)"""
     lines = pathlib.Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field))

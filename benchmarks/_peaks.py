@@ -1,6 +1,5 @@
 """Peak memory of one measure, in a process of its own: `python -m benchmarks._peaks NAME`."""
 
-import resource
 import sys
 
 import scipy.sparse.linalg  # noqa: F401  # loaded before the memory is looked at
@@ -8,6 +7,7 @@ import scipy.stats  # noqa: F401
 import torch
 from torch import nn
 
+from benchmarks._memory import kilobytes
 from droplens import measure
 
 LOSS = nn.CrossEntropyLoss()
@@ -63,7 +63,7 @@ MEASURES = {
 
 def peak():
     """The process's highest memory so far, in MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return kilobytes("VmHWM") / 1024
 
 
 def main(name):
