@@ -10,7 +10,7 @@ import droplens as dl
 from droplens.batches import as_batches
 from droplens.estimates import Estimate
 from droplens.inspection import Cost, SiteCost
-from droplens.inspection._compare import pooled_cost
+from droplens.inspection._cost import pooled_cost
 from droplens.inspection._flatness import Scaled, outputs_of, scale_to_loss, scaled_loss
 from droplens.inspection._verdicts import (
     Sets,

@@ -99,8 +99,6 @@ def explain_gap(
     Returns:
         The parts, with standard errors.
 
-    >>> torch.manual_seed(0).initial_seed()
-    0
     >>> net = nn.Sequential(nn.Dropout(0.5), nn.Linear(3, 2))
     >>> x, y = torch.randn(8, 3), torch.arange(8) % 2
     >>> found = explain_gap(net, (x[:4], y[:4]), (x[4:], y[4:]), nn.CrossEntropyLoss())

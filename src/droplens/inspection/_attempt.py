@@ -21,6 +21,6 @@ def attempt(
     except ForwardError:
         raise
     # torch reports a missing second derivative as a RuntimeError.
-    except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
+    except (ValueError, TypeError, RuntimeError) as error:
         not_measured[what] = str(error)
         return None

@@ -1,15 +1,15 @@
 """What dropout costs a network over a data set: three evaluations of the same number."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
 
 from droplens.batches import Batch, Batches
 from droplens.calling import predictions
-from droplens.estimates import Estimate, exact
+from droplens.estimates import Estimate, exact, mean_estimate
 from droplens.gates import masks_off
 from droplens.inspection._sizes import MOST_PASSES, Sizes, in_parts, targets_of
 from droplens.losses import family as family_of
@@ -17,8 +17,6 @@ from droplens.penalties import Decomposition, Penalty, decompose, penalty, poole
 
 # Backward passes for a second-order value where the exact one takes too many.
 PROBES = 20
-
-Progress = Callable[[float, str], None]
 
 
 @dataclass(frozen=True)
@@ -124,6 +122,48 @@ def cost_of(
         {**first.parts.unmeasured, **first.second_order.unmeasured},
         {} if first.gaussian is None else first.gaussian.participation,
         math.hypot(*errors),
+    )
+
+
+def pooled_cost(costs: Sequence[Cost]) -> Cost:
+    """The mean cost over networks, with errors over networks; a single one is itself."""
+    if len(costs) == 1:
+        return costs[0]
+
+    def mean(values: Sequence[Estimate]) -> Estimate:
+        return mean_estimate([v.value for v in values], "networks")
+
+    def average(values: Sequence[float | None]) -> float | None:
+        known = [value for value in values if value is not None]
+        return sum(known) / len(known) if len(known) == len(values) else None
+
+    first = costs[0]
+    shared = [name for name in first.by_site if all(name in cost.by_site for cost in costs)]
+    sites = {}
+    for name in shared:
+        alone = [cost.by_site[name] for cost in costs]
+        sites[name] = SiteCost(
+            mean([a.gap for a in alone]),
+            mean([a.spread for a in alone]),
+            mean([a.shift for a in alone]),
+            average([a.gaussian for a in alone]),
+            average([a.second_order for a in alone]),
+        )
+    return replace(
+        first,
+        base=mean([cost.base for cost in costs]),
+        gap=mean([cost.gap for cost in costs]),
+        spread=mean([cost.spread for cost in costs]),
+        shift=mean([cost.shift for cost in costs]),
+        gaussian=average([cost.gaussian for cost in costs]),
+        second_order=sum(cost.second_order for cost in costs) / len(costs),
+        by_site=sites,
+        participation={
+            name: sum(cost.participation[name] for cost in costs) / len(costs)
+            for name in shared
+            if all(name in cost.participation for cost in costs)
+        },
+        second_order_error=math.hypot(*(c.second_order_error for c in costs)) / len(costs),
     )
 
 

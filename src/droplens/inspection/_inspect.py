@@ -2,8 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, final
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from droplens.inspection._extra import Subject
 from droplens.inspection._extras import checked_names, measured_on_request, offers
 from droplens.inspection._flatness import outputs_of, scaled_loss
 from droplens.inspection._measures import OFFERED, measures_of
+from droplens.inspection._rendered import Rendered
 from droplens.inspection._sizes import Sizes, sizes_of, targets_of
 from droplens.inspection._training import gap_verdicts
 from droplens.inspection._verdicts import MOST_SITES, cost_verdicts, equalisation_verdicts
@@ -43,8 +43,9 @@ Progress = Callable[[float, str], None]
 MODE = "dropout off (drawn explicitly where the text says masks), norm layers in eval"
 
 
+@final
 @dataclass(frozen=True)
-class Inspection:
+class Inspection(Rendered):
     """What dropout does to one network on one data set.
 
     Args:
@@ -95,34 +96,9 @@ class Inspection:
 
     def to_document(self, title: str = "What dropout does to this network") -> "Document":
         """The inspection as a report: for pages, terminals and JSON."""
-        # The report room lies to the right of this one; only its callers pay for it.
         from droplens.report import inspection_document
 
         return inspection_document(self, title)
-
-    def to_html(self, path: str | Path) -> Path:
-        """Write the page, and its JSON twin beside it; return the page's path.
-
-        Raises:
-            OSError: if it cannot be written; nothing half-written is left.
-        """
-        from droplens.report import write_report
-
-        return write_report(self.to_document(), path)[0]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, as in the JSON twin."""
-        return self.to_document().to_dict()
-
-    def __str__(self) -> str:
-        from droplens.report import render_text
-
-        return render_text(self.to_document())
-
-    def _repr_html_(self) -> str:
-        from droplens.report import render_fragment
-
-        return render_fragment(self.to_document())
 
 
 def inspect(  # noqa: PLR0913  # the last seven are keywords with defaults
@@ -181,16 +157,13 @@ def inspect(  # noqa: PLR0913  # the last seven are keywords with defaults
     not_measured = {f"site {s.name}": s.reason or "" for s in found if s.law is None}
 
     tell(0.05, "Drawing masks")
-    unpriced = _unpriceable(found)
     cost = None
-    if unpriced is None:
-        try:
-            cost = cost_of(model, batches, loss, draws, source, used_seed, sizes)
-            not_measured |= _unpriced(cost, sizes)
-        except HessianOnlyError as error:
-            unpriced = str(error)
-    if unpriced is not None:
-        not_measured["cost of dropout"] = unpriced
+    try:
+        _check_priceable(found)
+        cost = cost_of(model, batches, loss, draws, source, used_seed, sizes)
+        not_measured |= _unpriced(cost, sizes)
+    except (HessianOnlyError, _UnpricedError) as error:
+        not_measured["cost of dropout"] = str(error)
 
     tell(0.5, "Weighing the units")
     behind, missing = readers(model, batches)
@@ -270,18 +243,25 @@ def _unweighed(missing: Mapping[str, str]) -> dict[str, str]:
     }
 
 
-def _unpriceable(sites: Sequence[Site]) -> str | None:
-    """Why no cost can be told from these sites; None if it can."""
+class _UnpricedError(Exception):
+    """Why the sites of a network have no cost to tell."""
+
+
+def _check_priceable(sites: Sequence[Site]) -> None:
+    """Refuse sites of which none has a law, or one drops everything.
+
+    Raises:
+        _UnpricedError: saying which.
+    """
     lawful = [site for site in sites if site.law is not None]
     if not lawful:
-        return "the forward pass meets no dropout whose law is known"
+        raise _UnpricedError("the forward pass meets no dropout whose law is known")
     closed = [repr(site.name) for site in lawful if getattr(site.law, "p", None) == 1]
     if closed:
-        return (
+        raise _UnpricedError(
             f"p = 1 at {', '.join(closed)}: every unit is dropped, so no penalty exists to hold "
             "against the masks (it divides by 1 - p); droplens.decompose draws them all the same"
         )
-    return None
 
 
 def _unpriced(cost: Cost, sizes: Sizes) -> dict[str, str]:

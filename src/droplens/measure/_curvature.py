@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import jvp, vjp
 
-from droplens.calling import ForwardError, check_outputs
+from droplens.calling import check_outputs
 from droplens.estimates import Estimate, mean_estimate
 from droplens.losses import Family, Squared
 from droplens.losses import family as family_of
@@ -274,7 +274,7 @@ class _Network(TangentMap):
             for group in self._groups(piece):
                 try:
                     own = jvp(of(self._coordinates(piece, group)), (self._theta,), (w,))
-                except (ForwardError, RuntimeError, NotImplementedError) as error:
+                except RuntimeError as error:
                     raise ValueError(not_twice(error)) from error
                 value, slope = value + own[0], slope + own[1]
             values.append(value / len(self._draws))
@@ -315,7 +315,7 @@ class _Network(TangentMap):
             return None
         try:
             return vjp(self._coordinates(pieces[0], self._draws), self._theta)[1]
-        except (ForwardError, RuntimeError, NotImplementedError) as error:
+        except RuntimeError as error:
             raise ValueError(not_twice(error)) from error
 
 

@@ -183,7 +183,7 @@ class Recorder:
             # A metric of the user's own may draw, or switch modes: training is not to know.
             with guarded(self._model):
                 reading = metric(Sample(self._model, self._batch, self._loss, seed))
-        except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
+        except (ValueError, TypeError, RuntimeError) as error:
             if name not in self.failures:
                 warnings.warn(
                     f"the recorder could not measure {name!r} at step {step}: {error}",
