@@ -186,6 +186,10 @@ def document() -> Document:
                 "the site decoder.path", "its law is not known to droplens (type DropPath)"
             ),
             NotMeasured("top Hessian eigenvalues", "not asked for; they take 20 s more"),
+            NotMeasured(
+                "interpolation",
+                "not asked for; droplens.measure.interpolation(first,second,batches,loss) gives it",
+            ),
         ],
         seed=0,
         mode="evaluation; masks opened one site at a time",

@@ -206,6 +206,16 @@ def test_fits_a_phone(reader, written, width):
         ".scroll", "all => all.filter(box => box.scrollWidth > box.clientWidth).length"
     )
     assert wide > 0  # the sample's widest table scrolls in its own box
+    beyond = page.eval_on_selector_all(
+        "caption:not(.unseen), #not-measured td",
+        """(all, width) => all.filter(cell => {
+            const text = document.createRange();
+            text.selectNodeContents(cell);
+            return [...text.getClientRects()].some(line => line.right > width);
+        }).map(cell => cell.textContent)""",
+        width,
+    )
+    assert beyond == []  # a sentence is read without scrolling sideways
 
 
 def test_tab_reaches_everything_in_order(reader, written):
