@@ -123,17 +123,114 @@ def normed():
     ).double()
 
 
-def test_norm_layers_follow_the_data_in_the_base_and_stand_in_eval_in_the_penalty():
+def test_masks_behind_norm_layers_in_train_mode_leave_the_mean_over_all_masks():
+    """Statistics do not see these masks: squared loss is exact, its gradient through them too."""
     net, twin = normed().train(), normed().train()
+    weights, losses, all_gradients = gradients(twin, x, targets, nn.MSELoss(), units=4)
+    value = dl.replace_dropout(net, nn.MSELoss())(x, targets)
+    assert value.item() == pytest.approx(float(weights @ losses), rel=1e-12)
+    torch.testing.assert_close(flat(value, net), weights @ all_gradients, rtol=1e-9, atol=1e-12)
+
+
+def masks_before_norms():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv1d(2, 4, 3, padding=1, bias=False), nn.BatchNorm1d(4), nn.ReLU(inplace=True),
+        nn.Dropout(0.3), nn.Conv1d(4, 3, 2), nn.BatchNorm1d(3, momentum=None), nn.Tanh(),
+        nn.Dropout1d(0.2), nn.Flatten(), nn.Linear(12, 4), nn.BatchNorm1d(4, affine=False),
+        nn.Dropout(0.4), nn.Linear(4, 3),
+    ).double()  # fmt: skip
+
+
+series, three = randn(5, 2, 5, seed=3), torch.tensor([0, 1, 2, 0, 1])
+
+
+def held_at_its_batch(net, inputs):
+    """The network without masks in eval, with the batch's statistics for running ones."""
+    h = inputs
+    with torch.no_grad():
+        for layer in net.eval():
+            if isinstance(layer, nn.BatchNorm1d):
+                rows = h.movedim(1, -1).flatten(0, -2)
+                layer.running_mean = rows.mean(0)
+                layer.running_var = rows.var(0, unbiased=False)
+            h = layer(h)
+    return net
+
+
+def test_norm_layers_in_train_mode_follow_the_batch_and_hold_it_in_the_penalty():
+    net, twin = masks_before_norms().train(), masks_before_norms().train()
+    step = dl.replace_dropout(net, cross_entropy, "second_order").parts(series, three)
+    for layer in twin:
+        layer.train(isinstance(layer, nn.BatchNorm1d))
+    assert step.base.item() == cross_entropy(twin(series), three).item()
+    for found, expected in zip(net.buffers(), twin.buffers(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert all(module.training and "forward" not in vars(module) for module in net.modules())
+    held = held_at_its_batch(twin, series)
+    expected = dl.penalty(held, series, cross_entropy, "second_order").total
+    assert step.penalty.item() == pytest.approx(expected.item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("method", ["gaussian", "second_order", "sampled"])
+def test_the_gradient_follows_the_batchs_statistics(method):
+    net = masks_before_norms().train()
+
+    def objective():
+        same = torch.Generator().manual_seed(3)
+        return dl.replace_dropout(net, cross_entropy, method, generator=same)(series, three)
+
+    gradient = flat(objective(), net)
+    direction = randn(len(gradient), seed=7)
+    start = nn.utils.parameters_to_vector(net.parameters()).detach()
+    values = []
+    for sign in (1, -1):
+        nn.utils.vector_to_parameters(start + sign * 1e-6 * direction, net.parameters())
+        values.append(objective().item())
+    slope = (values[0] - values[1]) / 2e-6
+    assert slope == pytest.approx(float(gradient @ direction), rel=1e-6)
+
+
+def test_norm_layers_follow_without_gradients_too(monkeypatch):
+    """Parts of a batch would have other statistics."""
+    monkeypatch.setattr("droplens.penalties._noise._HELD_NUMBERS", 1)
+    expected = dl.replace_dropout(masks_before_norms().train(), cross_entropy, "second_order")(
+        series, three
+    )
+    net = masks_before_norms().train()
+    with torch.no_grad():
+        found = dl.replace_dropout(net, cross_entropy, "second_order")(series, three)
+    assert not found.requires_grad
+    assert found.item() == expected.item()
+    assert net[1].num_batches_tracked == 1
+
+
+def test_norm_layers_that_fail_stay_as_they_are():
+    net = nn.Sequential(nn.BatchNorm1d(2), nn.AlphaDropout(0.5), nn.Linear(2, 2)).double()
+    before = state_of(net)
+    source = torch.Generator().manual_seed(0)
+    objective = dl.replace_dropout(net, cross_entropy, generator=source)
+    with pytest.raises(ValueError, match="site '1' cannot be replaced"):
+        objective(x, labels)
+    with pytest.raises(RuntimeError, match="needs more than one value per channel, but got"):
+        objective(x[:1], labels[:1])
+    assert_same_state(before, state_of(net))
+    assert "forward" not in vars(net[0])
+
+
+def test_norm_layers_of_ones_own_stand_in_eval_in_the_penalty():
+    class Own(nn.BatchNorm1d):
+        pass
+
+    net, twin = normed().train(), normed().train()
+    net[1] = Own(4).double()
     step = dl.replace_dropout(net, cross_entropy, "second_order").parts(x, labels)
     twin[3].eval()
     assert step.base.item() == cross_entropy(twin(x), labels).item()
     torch.testing.assert_close(net[1].running_mean, twin[1].running_mean)
     assert net[1].num_batches_tracked == 1
-    fresh = normed()
-    expected = dl.penalty(fresh, x, cross_entropy, "second_order").total
+    expected = dl.penalty(normed(), x, cross_entropy, "second_order").total
     assert step.penalty.item() == expected.item()
-    assert all(module.training for module in net.modules())
 
 
 def test_norm_layers_in_eval_stay_as_they_are():

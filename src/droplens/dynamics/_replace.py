@@ -8,12 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from droplens.calling import one_tensor
-from droplens.dynamics._training import (
-    has_live_norm,
-    loss_on,
-    masks_in_training,
-    nothing_dropped,
-)
+from droplens.dynamics._norms import can_follow, following
+from droplens.dynamics._training import loss_on, masks_in_training, nothing_dropped
 from droplens.losses import family as family_of
 from droplens.measure._risk import Loss
 from droplens.penalties import penalty
@@ -74,10 +70,26 @@ class DeterministicDropout:
         Raises:
             ValueError: if a site cannot be replaced: it has no law, or its mask mixes examples.
         """
-        seen: list[Any] = []  # outputs; the first are those of the whole batch
+        loss = Loss(self.loss)
+        if not can_follow(self.model):
+            value, _ = self._priced(inputs, targets)
+            with masks_in_training(self.model, nothing_dropped):
+                return Step(loss_on(self.model, inputs, targets, loss), value)
+        with following(self.model):
+            value, outputs = self._priced(inputs, targets)
+        value = value if torch.is_grad_enabled() else value.detach()
+        return Step(loss.value(outputs, targets), value)
+
+    def _priced(self, inputs: Any, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """The penalty, and the outputs without dropout that it was computed at.
+
+        Raises:
+            ValueError: if a site cannot be replaced.
+        """
         source = torch.Generator()
         if self._random:
             source.manual_seed(self._seed())
+        seen: list[Any] = []  # the first are those of the whole batch
         handle = self.model.register_forward_hook(lambda module, given, out: seen.append(out))
         try:
             with turned_points(source):
@@ -98,11 +110,7 @@ class DeterministicDropout:
                 f"site {name!r} cannot be replaced by a penalty: {reason}; name those that can in "
                 "sites=, and the others are off"
             )
-        loss = Loss(self.loss)
-        if has_live_norm(self.model):
-            with masks_in_training(self.model, nothing_dropped):
-                return Step(loss_on(self.model, inputs, targets, loss), value.total)
-        return Step(loss.value(one_tensor(seen[0]), targets), value.total)
+        return value.total, one_tensor(seen[0])
 
     def _seed(self) -> int:
         """For probes and points: from the generator, or as masks do from torch's global stream."""
@@ -139,9 +147,15 @@ def replace_dropout(
     because there the outputs are not affine in the gates. Larger steps, or Adam, also feel
     the noise of the masks, which is gone here: `dynamics.penalty_and_noise` puts it back.
 
-    Norm layers in train mode keep their statistics from the base's forward pass; the penalty takes
-    them in eval, because they would mix its examples (one more forward pass). Freezing them in
-    eval saves that. The model is not changed: to go back, call the loss as before.
+    BatchNorm in train mode normalises by its batch, in the base and in the penalty: the penalty is
+    that of a network whose means and variances are held at those of the batch without masks, and
+    the gradient follows them through the weights. So the value is one function of the weights, at
+    the cost of one forward pass. Left out is what masks do to the statistics: their mean change,
+    which is part of the shift, and their jitter, which falls as 1 over the batch. Of other layers
+    that mix examples in train mode (subclasses, SyncBatchNorm in a process group, InstanceNorm
+    with running statistics) the penalty takes what they do in eval, by one more forward pass.
+
+    The model is not changed: to go back, call the loss as before.
 
     Args:
         model: any torch module; its mode does not matter to its dropout.

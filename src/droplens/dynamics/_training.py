@@ -62,8 +62,3 @@ def loss_on(model: nn.Module, inputs: Any, targets: Tensor, loss: Loss) -> Tenso
     outputs = predictions(model, inputs)
     loss.check(outputs, targets)
     return loss.value(outputs, targets)
-
-
-def has_live_norm(model: nn.Module) -> bool:
-    """Whether a norm layer is in train mode, where it mixes the examples of a batch."""
-    return any(isinstance(m, KEPT_IN_EVAL) and m.training for m in model.modules())
