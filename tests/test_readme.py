@@ -1,4 +1,8 @@
-"""What the README shows, runs. A block runs that stands after `<!-- run -->` or `run: slow`."""
+"""What the README and the guide show, runs.
+
+A block of the README runs that stands after `<!-- run -->` or `run: slow`, each by itself; those of
+the guide run as one script.
+"""
 
 import os
 import re
@@ -11,6 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
+GUIDE = (ROOT / "docs" / "guide.md").read_text("utf-8")
 BLOCKS = re.findall(r"<!-- run(: slow)? -->\n```(python|console)\n(.*?)```", README, re.DOTALL)
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
 
@@ -42,13 +47,20 @@ def test_runs(language, code, tmp_path):
             run([sys.executable, "-m", *command], tmp_path)
 
 
+def test_the_guide_runs(tmp_path):
+    code = "\n".join(re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL))
+    assert run([sys.executable, "-W", "error", "-c", code], tmp_path)
+    assert (tmp_path / "page.html").exists()
+
+
 def test_shows_one_example_of_each_kind():
     assert {language for _, language, _ in BLOCKS} == {"python", "console"}
 
 
 def test_links_and_pictures_exist():
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert target.startswith("http") or (ROOT / target).exists(), target
+    for folder, text in ((ROOT, README), (ROOT / "docs", GUIDE)):
+        for target in re.findall(r"\]\(([^)#]+)\)", text):
+            assert target.startswith("http") or (folder / target).exists(), target
 
 
 def test_make_targets_exist():
