@@ -239,7 +239,7 @@ class TestRay:
 
     @pytest.mark.slow
     def test_sums_on_a_cluster(self):
-        ray = pytest.importorskip("ray")
+        pytest.importorskip("ray.data", reason="needs the extra ray")
         code = """
             import logging, numpy as np, ray
             from droplens.linear import Moments, moments_from_ray
@@ -253,7 +253,6 @@ class TestRay:
             np.testing.assert_allclose(found.gram().xx, whole.gram().xx)
             np.testing.assert_allclose(found.gram().yx, whole.gram().yx)
         """
-        assert ray.__version__
         subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, timeout=300)
 
 
