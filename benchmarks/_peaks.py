@@ -46,6 +46,7 @@ MEASURES = {
     "interpolation": lambda m, d: measure.interpolation(m, m, d, LOSS, 3),
     "sharpness": lambda m, d: measure.sharpness(m, d, LOSS, (0.1,), (0.1,), directions=2),
     "hessian": lambda m, d: measure.hessian(m, d, LOSS, 5, probes=16),
+    "hessian, from a list of batches": lambda m, d: measure.hessian(m, [d], LOSS, 5, probes=16),
     "hessian, expected": lambda m, d: measure.hessian(m, d, LOSS, 1, "expected", probes=2, draws=2),
     "spectral density": lambda m, d: measure.spectral_density(m, d, LOSS, probes=2, steps=3),
     "fisher": lambda m, d: measure.fisher(m, d, LOSS),

@@ -160,17 +160,28 @@ class _Whole(Batches):
         self.chunks = -(-self._n // self._size)
 
     def __iter__(self) -> Iterator[Batch]:
-        for start in range(0, self._n, self._size):
-            rows = slice(start, start + self._size)
-            targets = self._batch.targets
-            yield Batch(
-                rows_of(self._batch.inputs, rows), None if targets is None else targets[rows]
-            )
+        return in_parts(self._batch, self._size)
 
 
 def rows_of(inputs: Any, rows: slice) -> Any:
     """The examples `rows` of a batch's inputs; what is not one per example is for all of them."""
     return _rows_of(inputs, rows, n_examples(inputs))
+
+
+def in_parts(batch: Batch, rows: int) -> Iterator[Batch]:
+    """A batch in parts of at most `rows` examples.
+
+    Yields:
+        Each part.
+    """
+    n = n_examples(batch.inputs)
+    if rows >= n:
+        yield batch
+        return
+    for start in range(0, n, rows):
+        part = slice(start, start + rows)
+        targets = None if batch.targets is None else batch.targets[part]
+        yield Batch(rows_of(batch.inputs, part), targets)
 
 
 def _rows_of(inputs: Any, rows: slice, n: int) -> Any:

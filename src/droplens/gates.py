@@ -140,11 +140,13 @@ class HeldMasks:
     Args:
         seed: of all of them.
         device: where they are drawn; that of the activations.
+
+    While `idle`, nothing is drawn and nothing dropped.
     """
 
     def __init__(self, seed: int, device: torch.device) -> None:
         self._seed, self._generator = seed, torch.Generator(device=device)
-        self.drew = False
+        self.drew, self.idle = False, False
 
     def hold(self, draw: int, batch: int) -> None:
         """Take up the masks of draw number `draw` for batch number `batch`; once a forward pass."""
@@ -158,7 +160,7 @@ class HeldMasks:
         Raises:
             ValueError: if the site's law is not known.
         """
-        if not call.on:
+        if not call.on or self.idle:
             return x
         if call.law is None:
             raise ValueError(

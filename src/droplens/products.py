@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 
 def pull_back(
@@ -114,21 +115,31 @@ def _refuse_dead_ends(gradient: Sequence[Tensor]) -> None:
         stack += [following for following, _ in node.next_functions if following is not None]
 
 
+Edge = Tensor | GradientEdge | None
+
+
+def edges(gradient: Sequence[Tensor]) -> list[GradientEdge | None]:
+    """Where the gradient's parts come out of their graph, without the numbers themselves.
+
+    None for parts that are constant.
+    """
+    return [get_gradient_edge(g) if g.requires_grad else None for g in gradient]
+
+
 def hessian_product(
-    gradient: Sequence[Tensor], parameters: Sequence[Tensor], vector: Sequence[Tensor]
+    gradient: Sequence[Edge], parameters: Sequence[Tensor], vector: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
     """H v = ∇(∇value · v), by one more backward pass through `differentiable_gradient`'s result.
 
     Args:
-        gradient: what `differentiable_gradient` returned; its graph is kept.
+        gradient: what `differentiable_gradient` returned, or its `edges`; its graph is kept.
         parameters: the same as there.
         vector: v, one tensor for each parameter, of its shape.
 
     Returns:
         H v, one tensor for each parameter.
     """
-    # Parts of the gradient that are constant have no graph, and nothing to add.
-    pairs = [(g, v) for g, v in zip(gradient, vector, strict=True) if g.requires_grad]
+    pairs = _with_graph(gradient, vector)
     if not pairs:
         return tuple(torch.zeros_like(p) for p in parameters)
     return torch.autograd.grad(
@@ -141,6 +152,18 @@ def hessian_product(
     )
 
 
+def _with_graph(
+    outputs: Sequence[Edge], cotangents: Sequence[Tensor]
+) -> list[tuple[GradientEdge, Tensor]]:
+    """The pairs whose output is not constant: the others have nothing to add."""
+    found = []
+    for output, cotangent in zip(outputs, cotangents, strict=True):
+        edge = edges([output])[0] if isinstance(output, Tensor) else output
+        if edge is not None:
+            found.append((edge, cotangent))
+    return found
+
+
 class GaussNewtonGraph:
     """J and Jᵀ of the outputs f in the parameters, from one graph for any number of products.
 
@@ -151,14 +174,15 @@ class GaussNewtonGraph:
     def __init__(self, f: Tensor, parameters: Sequence[Tensor]) -> None:
         self._f, self._parameters = f, parameters
         self._u = torch.zeros_like(f, requires_grad=True)
-        self._pulled = torch.autograd.grad(
+        pulled = torch.autograd.grad(
             f, parameters, self._u, create_graph=True, allow_unused=True, materialize_grads=True
         )
-        _refuse_dead_ends(self._pulled)
+        _refuse_dead_ends(pulled)
+        self._pulled = edges(pulled)
 
     def push(self, vector: Sequence[Tensor]) -> Tensor:
         """J v, of f's shape; `vector` holds a tensor for each parameter."""
-        pairs = [(g, v) for g, v in zip(self._pulled, vector, strict=True) if g.requires_grad]
+        pairs = _with_graph(self._pulled, vector)
         if not pairs:
             return torch.zeros_like(self._f)
         (pushed,) = torch.autograd.grad(

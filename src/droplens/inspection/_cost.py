@@ -7,11 +7,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import nn
 
-from droplens.batches import Batch, Batches
+from droplens.batches import Batch, Batches, in_parts
 from droplens.calling import predictions
 from droplens.estimates import Estimate, exact, mean_estimate
 from droplens.gates import masks_off
-from droplens.inspection._sizes import MOST_PASSES, Sizes, in_parts, targets_of
+from droplens.inspection._sizes import MOST_PASSES, Sizes, targets_of
 from droplens.losses import family as family_of
 from droplens.penalties import Decomposition, Penalty, decompose, penalty, pooled_parts
 

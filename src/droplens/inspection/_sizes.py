@@ -1,13 +1,13 @@
 """How much work and memory a network asks for, and what an inspection leaves to be asked for."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from droplens.batches import Batch, n_examples, rows_of
+from droplens.batches import Batch, n_examples
 from droplens.calling import check_outputs, predictions
 from droplens.discovery import Site
 from droplens.gates import masks_off
@@ -81,19 +81,3 @@ def targets_of(targets: Tensor | None) -> Tensor:
     if targets is None:
         raise ValueError("data has no targets; pass (inputs, targets) or a loader of such pairs")
     return targets
-
-
-def in_parts(batch: Batch, rows: int) -> Iterator[Batch]:
-    """A batch in parts of at most `rows` examples.
-
-    Yields:
-        Each part.
-    """
-    n = n_examples(batch.inputs)
-    if rows >= n:
-        yield batch
-        return
-    targets = targets_of(batch.targets)
-    for start in range(0, n, rows):
-        part = slice(start, start + rows)
-        yield Batch(rows_of(batch.inputs, part), targets[part])

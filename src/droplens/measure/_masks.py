@@ -78,6 +78,22 @@ class Applied:
         if self._held is not None:
             self._held.hold(draw, batch)
 
+    @contextmanager
+    def lifted(self) -> Iterator[None]:
+        """While open, nothing is dropped; no masks are used up.
+
+        Yields:
+            Nothing.
+        """
+        if self._held is None:
+            yield
+            return
+        self._held.idle = True
+        try:
+            yield
+        finally:
+            self._held.idle = False
+
     def settle(self) -> None:
         """After a forward pass: a network that dropped nothing needs no second draw."""
         if self._held is not None and not self._held.drew:

@@ -70,6 +70,13 @@ class Loss:
             return self.family.normalizer(outputs, batch.targets)
         return float(n_examples(batch.inputs))
 
+    def counts(self, targets: Tensor | None) -> bool:
+        """Whether a part of a batch holds any label that is not ignored."""
+        ignored = getattr(self._loss, "ignore_index", None)
+        if targets is None or ignored is None or targets.is_floating_point():
+            return True
+        return bool((targets != ignored).any())
+
     def whole(self, mass: float) -> float:
         """What the sum of mass-weighted values is divided by."""
         return 1.0 if self._sums else mass
