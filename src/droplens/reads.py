@@ -75,19 +75,18 @@ class Product(Read):
         return outer.mT if self.turned else outer
 
 
-@final
 @dataclass(frozen=True, eq=False)
-class Convolution(Read):
-    """A kernel (o, i/groups, *k) over D axes: result (N, o, *L)."""
+class _Kernel(Read):
+    """A kernel that slides over D axes, which it reads at `padding` beyond their ends."""
 
     stride: tuple[int, ...]
     padding: tuple[tuple[int, int], ...]
     dilation: tuple[int, ...]
     groups: int
 
-    def laid_out(self, factor: Tensor) -> Tensor:
+    def patches(self, h: Tensor) -> Tensor:
         """Every patch that the kernel meets: (e, r, i, *L) -> (e, g, r·L, i/g·k)."""
-        h = F.pad(factor, [end for ends in reversed(self.padding) for end in ends])
+        h = F.pad(h, [end for ends in reversed(self.padding) for end in ends])
         kernel = self.values.shape[2:]
         for axis, (size, step, gap) in enumerate(
             zip(kernel, self.stride, self.dilation, strict=True), start=3
@@ -99,6 +98,16 @@ class Convolution(Read):
         patches: Tensor = h.reshape(len(h), self.groups, places, -1)
         return patches
 
+
+@final
+@dataclass(frozen=True, eq=False)
+class Convolution(_Kernel):
+    """A kernel (o, i/groups, *k) over D axes: result (N, o, *L)."""
+
+    def laid_out(self, factor: Tensor) -> Tensor:
+        """The patches of the factor."""
+        return self.patches(factor)
+
     def outer(self, delta: Tensor, laid_out: Tensor) -> Tensor:
         """Sums over rows and positions."""
         # δ (e, m, r, o, *L) -> (e, g, m·o/g, r·L)
@@ -107,6 +116,23 @@ class Convolution(Read):
         outer = d.reshape(len(d), self.groups, sets * outputs, -1) @ laid_out
         outer = outer.unflatten(2, (sets, outputs)).movedim(2, 1)
         found: Tensor = outer.reshape(*delta.shape[:2], *self.values.shape)
+        return found
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Transposed(_Kernel):
+    """A kernel (i, o/groups, *k) of a transposed convolution: factor (N, i, *L).
+
+    It adds h_t times the kernel where a convolution of the same stride would read its patch t.
+    """
+
+    def outer(self, delta: Tensor, laid_out: Tensor) -> Tensor:
+        """Sums over rows and positions: the factor's values times the patches of δ."""
+        h = laid_out.unflatten(2, (self.groups, -1)).movedim(1, 3).flatten(3)  # (e, g, i/g, r·L)
+        # Patches hold δ as often as the kernel has places: one set at a time.
+        outers = torch.stack([h @ self.patches(d) for d in delta.unbind(1)], 1)
+        found: Tensor = outers.reshape(*delta.shape[:2], *self.values.shape)
         return found
 
 
@@ -321,8 +347,13 @@ def _read(
 
 
 def _convolution(
-    axes: int, part: _Part, tap: Tensor, x: Tensor, given: dict[str, Any]
+    kind: type[Convolution | Transposed],
+    part: _Part,
+    tap: Tensor,
+    x: Tensor,
+    given: dict[str, Any],
 ) -> Read | None:
+    axes = part.tensor.dim() - 2
     if x.dim() != axes + 2:
         return None
 
@@ -338,20 +369,29 @@ def _convolution(
         padding = tuple((total // 2, total - total // 2) for total in totals)
     else:
         ends = (0,) * axes if how == "valid" else each("padding", 0)
-        padding = tuple((end, end) for end in ends)
+        # Output that a transposed kernel never reaches is no place of its patches.
+        beyond = each("output_padding", 0)
+        padding = tuple((end, end - more) for end, more in zip(ends, beyond, strict=True))
     groups = given.get("groups", 1)
     stride = each("stride", 1)
-    return Convolution(part.tensor, part.entries, tap, x, stride, padding, dilation, groups)
+    return kind(part.tensor, part.entries, tap, x, stride, padding, dilation, groups)
 
 
-_CONVOLUTIONS = {F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
+_PLAIN = (F.conv1d, F.conv2d, F.conv3d)
+_TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+_CONVOLUTIONS: dict[Callable[..., Any], type[Convolution | Transposed]] = {
+    **dict.fromkeys(_PLAIN, Convolution),
+    **dict.fromkeys(_TRANSPOSED, Transposed),
+}
 _LINEAR = ("input", "weight", "bias")
 _CONV = (*_LINEAR, "stride", "padding", "dilation", "groups")
+_BACK = (*_LINEAR, "stride", "padding", "output_padding", "groups", "dilation")
 _MATMUL = (torch.matmul, _T.matmul, _T.__matmul__, torch.mm, _T.mm, torch.bmm, _T.bmm)
 _ARGUMENTS: dict[Callable[..., Any], Sequence[str]] = {
     F.linear: _LINEAR,
     F.embedding: ("input", "weight", "padding_idx", "max_norm"),
     torch.addmm: ("bias", "input", "weight"),
     **dict.fromkeys(_MATMUL, _LINEAR[:2]),
-    **dict.fromkeys(_CONVOLUTIONS, _CONV),
+    **dict.fromkeys(_PLAIN, _CONV),
+    **dict.fromkeys(_TRANSPOSED, _BACK),
 }

@@ -171,6 +171,26 @@ CASES = {
         (2, 1, 4, 4),
     ),
     "conv3d": (conv(lambda: nn.Conv3d(2, 3, 2), 3), (2, 2, 3, 4, 3)),
+    "conv_transpose1d": (
+        conv(lambda: nn.ConvTranspose1d(2, 4, 3, 2, 1, 1), 4),
+        (3, 2, 5),
+    ),
+    "conv_transpose1d, padded beyond its stride": (
+        conv(lambda: nn.ConvTranspose1d(2, 4, 2, 2, 3, 3, dilation=4), 4),
+        (3, 2, 6),
+    ),
+    "conv_transpose2d": (
+        conv(lambda: nn.ConvTranspose2d(4, 6, (2, 3), (3, 2), (1, 2), (2, 0), groups=2), 6),
+        (2, 4, 3, 4),
+    ),
+    "conv_transpose2d, depthwise": (
+        conv(lambda: nn.ConvTranspose2d(3, 3, 3, groups=3, dilation=2), 3),
+        (2, 3, 3, 3),
+    ),
+    "conv_transpose3d": (
+        conv(lambda: nn.ConvTranspose3d(2, 3, 2, (1, 2, 1), (0, 1, 0), (0, 1, 0)), 3),
+        (2, 2, 2, 3, 2),
+    ),
     "bias of a convolution": (conv_bias, (3, 2, 5)),
     "one weight at two places": (twice, vectors),
     "self-attention": (attention("in_proj_weight"), wide),
