@@ -35,11 +35,15 @@ class Gate:
 
 @dataclass(frozen=True)
 class Opened:
-    """The undropped outputs, the gates they depend on, and the sites that have no law."""
+    """The undropped outputs, the gates they depend on, and the sites that have no law.
+
+    `reordered` tells that the forward picks rows by number, so a batch axis may be in any order.
+    """
 
     outputs: Tensor
     gates: tuple[Gate, ...]
     unmeasured: dict[str, str]
+    reordered: bool = False
 
 
 @contextmanager
@@ -118,7 +122,7 @@ def open_gates(model: nn.Module, inputs: Any, names: Collection[str] | None = No
     with torch.enable_grad(), guarded(model), reads, intercept(model, visit):
         switch_on(model)
         outputs = predictions(model, inputs)
-    return Opened(outputs, tuple(gates), unmeasured)
+    return Opened(outputs, tuple(gates), unmeasured, reads.reordered)
 
 
 def draw_masks(

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from droplens.discovery import can_unroll, unrolled
+from droplens.discovery import can_unroll, picks_rows, unrolled
 
 
 @dataclass(frozen=True, eq=False)
@@ -226,6 +226,7 @@ class Reads(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self._parts: dict[int, _Part] = {}
+        self.reordered = False  # whether anything has picked rows by their numbers
 
     def follow(self, weight: Tensor) -> Followed:
         """Follow a masked weight, (1, *shape) or expanded to (n, *shape), from here on."""
@@ -241,10 +242,11 @@ class Reads(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        self.reordered |= picks_rows(func, args)
         met = _met(self._parts, (args, kwargs)) if self._parts else []
         if not met:
             return func(*args, **kwargs)
-        if can_unroll(func, args):
+        if can_unroll(func):
             with self:
                 return unrolled(func, args)
         result = func(*args, **kwargs)

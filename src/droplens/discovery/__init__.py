@@ -4,6 +4,7 @@ from droplens.discovery._calls import Call
 from droplens.discovery._composites import RECURRENT
 from droplens.discovery._guard import KEPT_IN_EVAL, guarded, switch_on
 from droplens.discovery._intercept import intercept
+from droplens.discovery._order import picks_rows
 from droplens.discovery._registry import register_site
 from droplens.discovery._sites import Site, site_of, sites
 from droplens.discovery._unrolled import can_unroll, unrolled
@@ -16,6 +17,7 @@ __all__ = [
     "can_unroll",
     "guarded",
     "intercept",
+    "picks_rows",
     "register_site",
     "site_of",
     "sites",

@@ -4,9 +4,10 @@ torch runs a whole sequence in one kernel, inside which nobody sees what a weigh
 with. Here the same arithmetic is spelt out.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, final
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,12 @@ from torch import Tensor
 
 # (input gates' sums, state, hidden weight, its bias) -> new state, the output first
 Step = Callable[[Tensor, tuple[Tensor, ...], Tensor, Tensor | None], tuple[Tensor, ...]]
+# The same, of the hidden weight and bias that it is given.
+Bound = Callable[[Tensor, tuple[Tensor, ...]], tuple[Tensor, ...]]
+
+
+def _bound(step: Step, weight: Tensor, bias: Tensor | None) -> Bound:
+    return lambda given, state: step(given, state, weight, bias)
 
 
 def _lstm(
@@ -57,9 +64,9 @@ _CELLS: dict[Callable[..., Any], Step] = {
 }
 
 
-def can_unroll(func: Callable[..., Any], args: tuple[Any, ...]) -> bool:
-    """Whether this is a recurrent call that `unrolled` takes; packed sequences it does not."""
-    return func in _CELLS or (func in _LAYERS and not isinstance(args[3], list | tuple))
+def can_unroll(func: Callable[..., Any]) -> bool:
+    """Whether this is a recurrent call, which `unrolled` takes."""
+    return func in _CELLS or func in _LAYERS
 
 
 def unrolled(func: Callable[..., Any], args: tuple[Any, ...]) -> Any:
@@ -85,8 +92,12 @@ def _cell(
 
 
 def _layers(func: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Tensor, ...]:
-    x, hx, params, has_biases, layers, _, _, bidirectional, batch_first = args
-    x = x.transpose(0, 1) if batch_first else x
+    if isinstance(args[3], list | tuple):
+        x, sizes, hx, params, has_biases, layers, _, _, bidirectional = args
+        time, batch_first, x = _Time(sizes.tolist()), False, x.unsqueeze(0)
+    else:
+        x, hx, params, has_biases, layers, _, _, bidirectional, batch_first = args
+        time, x = _Time(None), x.transpose(0, 1) if batch_first else x
     states = tuple(hx) if isinstance(hx, list | tuple) else (hx,)
     directions = 2 if bidirectional else 1
     size = len(params) // (layers * directions)
@@ -95,33 +106,59 @@ def _layers(func: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Tensor, ..
         outputs = []
         for k in range(layer * directions, (layer + 1) * directions):
             own = params[k * size : (k + 1) * size]
-            backwards = k % directions == 1
-            start = tuple(state[k] for state in states)
-            out, final = _direction(_LAYERS[func], x, start, own, has_biases, backwards)
-            outputs.append(out)
-            finals.append(final)
+            start = tuple(time.placed(state[k]) for state in states)
+            step = _bound(_LAYERS[func], own[1], own[3] if has_biases else None)
+            given = time.apart(F.linear(x, own[0], own[2] if has_biases else None))
+            projection = own[4 if has_biases else 2 :]
+            out, final = _direction(step, given, start, projection, backwards=k % directions == 1)
+            outputs.append(time.joined(out))
+            finals.append(tuple(time.taken(state) for state in final))
         x = torch.cat(outputs, -1)
-    x = x.transpose(0, 1) if batch_first else x
+    x = x.transpose(0, 1) if batch_first else time.taken(x)
     return (x, *(torch.stack(parts) for parts in zip(*finals, strict=True)))
 
 
+@final
+@dataclass(frozen=True)
+class _Time:
+    """Steps of a sequence (T, n, …); or packed, (1, Σ sizes, …), where the short ones end early.
+
+    The axis of one in front tells that rows are not simply the examples in their order.
+    """
+
+    sizes: list[int] | None
+
+    def apart(self, x: Tensor) -> Sequence[Tensor]:
+        return x.unbind(0) if self.sizes is None else x.split(self.sizes, -2)
+
+    def joined(self, steps: Sequence[Tensor]) -> Tensor:
+        return torch.stack(list(steps)) if self.sizes is None else torch.cat(list(steps), -2)
+
+    def placed(self, state: Tensor) -> Tensor:
+        return state if self.sizes is None else state.unsqueeze(0)
+
+    def taken(self, x: Tensor) -> Tensor:
+        return x if self.sizes is None else x.squeeze(0)
+
+
 def _direction(
-    step: Step,
-    x: Tensor,
+    step: Bound,
+    given: Sequence[Tensor],
     state: tuple[Tensor, ...],
-    own: list[Tensor],
-    has_biases: bool,
+    projection: Sequence[Tensor],
+    *,
     backwards: bool,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """One layer in one direction of time: its outputs (T, n, h) and last state."""
-    w_ih, w_hh, *rest = own
-    b_ih, b_hh = rest[:2] if has_biases else (None, None)
-    projection = rest[2 * has_biases :]
-    given = F.linear(x, w_ih, b_ih)
+) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+    """One layer in one direction of time: its outputs at every step and last state."""
     outputs = []
-    for now in reversed(given.unbind(0)) if backwards else given.unbind(0):
-        state = step(now, state, w_hh, b_hh)
+    for now in reversed(given) if backwards else given:
+        rows, all_rows = now.shape[-2], state[0].shape[-2]
+        after = step(now, tuple(part.narrow(-2, 0, rows) for part in state))
         if projection:
-            state = (F.linear(state[0], projection[0]), *state[1:])
-        outputs.append(state[0])
-    return torch.stack(outputs[::-1] if backwards else outputs), state
+            after = (F.linear(after[0], projection[0]), *after[1:])
+        outputs.append(after[0])
+        if rows < all_rows:  # sequences that have ended, or not begun from behind
+            waiting = (part.narrow(-2, rows, all_rows - rows) for part in state)
+            after = tuple(torch.cat(pair, -2) for pair in zip(after, waiting, strict=True))
+        state = after
+    return outputs[::-1] if backwards else outputs, state

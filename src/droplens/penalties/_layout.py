@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from droplens.gates import Gate
 from droplens.masks import Bernoulli, Covariance, Gaussian
@@ -24,15 +24,21 @@ class Layout:
         n: how many there are.
         axis: along which axis; where it is longer than n, each example has several rows.
         strided: whether those rows are n apart (position by position), not side by side.
+        places: where they are otherwise: (n, r) along the axis, one beyond its end where an
+            example has fewer rows than others.
     """
 
     n: int
     axis: int = 0
     strided: bool = False
+    places: Tensor | None = None
 
     def rows(self, tensor: Tensor, lead: int = 0) -> Tensor:
         """The tensor with its rows in front of all but `lead` axes: (*lead, n·r, ...)."""
         tensor = tensor.movedim(self.axis + lead, lead) if self.axis else tensor
+        if self.places is not None:
+            beyond = tensor.new_zeros(*tensor.shape[:lead], 1, *tensor.shape[lead + 1 :])
+            return torch.cat([tensor, beyond], lead).index_select(lead, self.places.flatten())
         if not self.strided:
             return tensor
         rows: Tensor = tensor.unflatten(lead, (-1, self.n)).transpose(lead, lead + 1)
@@ -44,30 +50,84 @@ class Layout:
         return examples
 
 
-def layouts(f: Tensor, tensors: Sequence[Tensor]) -> list[Layout | None]:
+def layouts(f: Tensor, tensors: Sequence[Tensor], reordered: bool = False) -> list[Layout | None]:
     """Where the examples of f (n, T, C) lie in each tensor that it depends on.
 
     A tensor of shape (n, …) is taken at its word when no other axis has length n. For the others
     (sequence-first layouts, folded windows and heads) two backward passes, from the first example
-    and from all others, show which elements belong to whom. None where they cannot be told apart.
+    and from all others, show which elements belong to whom. If the forward has `reordered` rows
+    all are asked, by log₂ n passes. Where nothing fits (packed and sorted sequences, routed
+    tokens), 2 log₂ n passes find every row's owner. None where examples cannot be told apart.
     """
     n = len(f)
-    found = {k: _candidates(n, tuple(t.shape)) for k, t in enumerate(tensors)}
-    unclear = [k for k, some in found.items() if some and not _obvious(some, tensors[k])]
-    chosen: list[Layout | None] = [some[0] if some else None for some in found.values()]
-    if not unclear:
+    found = [_candidates(n, tuple(t.shape)) for t in tensors]
+    chosen: list[Layout | None] = [some[0] if some else None for some in found]
+    unclear = [k for k, some in enumerate(found) if reordered or not _obvious(some)]
+    if n == 1 or not unclear:
         return chosen
     asked = [tensors[k] for k in unclear]
-    first, others = _reached(f, asked, slice(0, 1)), _reached(f, asked, slice(1, None))
-    for k, by_first, by_others in zip(unclear, first, others, strict=True):
-        fitting = [
-            layout
-            for layout in found[k]
-            if not bool(layout.apart(by_first)[1:].any())
-            and not bool(layout.apart(by_others)[:1].any())
-        ]
+    # A row in a wrong place has a bit that its owner has not, or leaves that to another row.
+    groups = _by_bits(n)[1] if reordered else [[0], list(range(1, n))]
+    reached = [_reached(f, asked, examples) for examples in groups]
+    for k, own in zip(unclear, zip(*reached, strict=True), strict=True):
+        fitting = [layout for layout in found[k] if _fits(layout, groups, own)]
         chosen[k] = fitting[0] if fitting else None
+    lost = [k for k in unclear if chosen[k] is None]
+    if lost:
+        for k, layout in zip(lost, _scattered(f, [tensors[k] for k in lost]), strict=True):
+            chosen[k] = layout
     return chosen
+
+
+def _by_bits(n: int) -> tuple[list[list[int]], list[list[int]]]:
+    """For every bit, the examples whose number lacks it, and those whose number has it."""
+    bits = range((n - 1).bit_length())
+    lacking, having = ([[i for i in range(n) if (i >> b & 1) == s] for b in bits] for s in (0, 1))
+    return lacking, having
+
+
+def _fits(layout: Layout, groups: Sequence[list[int]], reached: Sequence[Tensor]) -> bool:
+    """Whether what each group of examples reaches lies in its own places."""
+    for examples, elements in zip(groups, reached, strict=True):
+        others = torch.ones(layout.n, dtype=torch.bool, device=elements.device)
+        others[examples] = False
+        if bool(layout.apart(elements)[others].any()):
+            return False
+    return True
+
+
+def _scattered(f: Tensor, tensors: Sequence[Tensor]) -> list[Layout | None]:
+    """Where the rows are of which each has one owner, spelt in bits, along the first such axis."""
+    n = len(f)
+    owners = [torch.zeros(t.shape, dtype=torch.long, device=t.device) for t in tensors]
+    seen = [torch.zeros(t.shape, dtype=torch.bool, device=t.device) for t in tensors]
+    alone = [True] * len(tensors)
+    for bit, sides in enumerate(zip(*_by_bits(n), strict=True)):
+        lacking, having = (_reached(f, tensors, examples) for examples in sides)
+        for k, (without, having_it) in enumerate(zip(lacking, having, strict=True)):
+            owners[k] += having_it.long() << bit
+            seen[k] |= without | having_it
+            alone[k] &= not bool((without & having_it).any())
+        if not any(alone):
+            break
+    return [
+        _along(n, owner, known) if fits else None
+        for owner, known, fits in zip(owners, seen, alone, strict=True)
+    ]
+
+
+def _along(n: int, owners: Tensor, seen: Tensor) -> Layout | None:
+    """The layout along the first axis whose rows have one owner each, or none."""
+    for axis in range(owners.dim()):
+        owner, known = (t.movedim(axis, 0).flatten(1) for t in (owners, seen))
+        most = owner.masked_fill(~known, -1).amax(1)  # (rows); -1: nothing depends on it
+        least = owner.masked_fill(~known, n).amin(1)
+        if bool((known.any(1) & (most != least)).any()):
+            continue
+        rows = [(most == i).nonzero().flatten() for i in range(n)]
+        places = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=len(most))
+        return Layout(n, axis, places=places)
+    return None
 
 
 def _candidates(n: int, shape: tuple[int, ...]) -> list[Layout]:
@@ -77,11 +137,11 @@ def _candidates(n: int, shape: tuple[int, ...]) -> list[Layout]:
     return found
 
 
-def _obvious(found: Sequence[Layout], tensor: Tensor) -> bool:
-    return found[0].n == 1 or (len(found) == 1 and found[0].axis == 0)
+def _obvious(found: Sequence[Layout]) -> bool:
+    return bool(found) and (found[0].n == 1 or (len(found) == 1 and found[0].axis == 0))
 
 
-def _reached(f: Tensor, tensors: Sequence[Tensor], examples: slice) -> list[Tensor]:
+def _reached(f: Tensor, tensors: Sequence[Tensor], examples: list[int]) -> list[Tensor]:
     """Which elements the outputs of some examples depend on."""
     cotangent = torch.zeros_like(f)
     # Irregular weights, so that contributions of several terms do not cancel.

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from droplens._memory import keep_freed_memory
 from droplens.batches import n_examples, rows_of
 from droplens.calling import ForwardError, check_inputs, check_outputs
-from droplens.gates import Gate, Opened, open_gates
+from droplens.gates import Opened, open_gates
 from droplens.losses import Family
 from droplens.penalties._layout import layouts
 from droplens.penalties._sources import Source, source_of, tensors_of
@@ -95,7 +95,7 @@ def open_network(
         family.check_targets(opened.outputs, targets)
     f = family.natural(opened.outputs)
     weights = family.weights(opened.outputs, targets)
-    sources, mixing = _sources(f, opened.gates, keep)
+    sources, mixing = _sources(f, opened, keep)
     if names is not None and mixing:
         raise ValueError(next(iter(mixing.values())))
     divisor = family.divisor(opened.outputs.detach(), targets)
@@ -210,14 +210,13 @@ def _check_names(names: Sequence[str] | None, opened: Opened) -> None:
             )
 
 
-def _sources(
-    f: Tensor, gates: Sequence[Gate], keep: bool
-) -> tuple[tuple[Source, ...], dict[str, str]]:
+def _sources(f: Tensor, opened: Opened, keep: bool) -> tuple[tuple[Source, ...], dict[str, str]]:
     """The sites whose examples can be told apart, and why the others' cannot."""
-    tensors = [tensors_of(gate) for gate in gates]
-    found = iter(layouts(f, [tensor for some in tensors for tensor in some]))
+    tensors = [tensors_of(gate) for gate in opened.gates]
+    flat = [tensor for some in tensors for tensor in some]
+    found = iter(layouts(f, flat, opened.reordered))
     kept, mixing = [], {}
-    for gate, some in zip(gates, tensors, strict=True):
+    for gate, some in zip(opened.gates, tensors, strict=True):
         own = [next(found) for _ in some]
         try:
             kept.append(source_of(gate, own, len(f), keep))
