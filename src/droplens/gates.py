@@ -18,6 +18,11 @@ from droplens.discovery import Call, guarded, intercept, site_of, switch_on
 from droplens.masks import Law
 from droplens.reads import Followed, Reads
 
+_OUT_OF_REACH = (
+    "the forward runs it where no derivative is recorded (torch.no_grad, a reentrant checkpoint); "
+    "droplens.decompose draws its masks all the same"
+)
+
 
 @dataclass(frozen=True)
 class Gate:
@@ -104,6 +109,9 @@ def open_gates(model: nn.Module, inputs: Any, names: Collection[str] | None = No
             unmeasured[site.name] = site.reason or "its law is not known"
             return x
         if names is not None and call.name not in names:
+            return x
+        if not torch.is_grad_enabled():
+            unmeasured[site.name] = _OUT_OF_REACH
             return x
         # A mask for each example, of a weight that they share: one gate will do.
         copies = x.shape if call.of_weights else None

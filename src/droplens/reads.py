@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from droplens.discovery import can_unroll, picks_rows, unrolled
+from droplens.discovery import can_unroll, check_apart, picks_rows, unrolled
 
 
 @dataclass(frozen=True, eq=False)
@@ -243,6 +243,7 @@ class Reads(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         self.reordered |= picks_rows(func, args)
+        check_apart(func, args, kwargs)
         met = _met(self._parts, (args, kwargs)) if self._parts else []
         if not met:
             return func(*args, **kwargs)

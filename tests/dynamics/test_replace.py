@@ -233,6 +233,25 @@ def test_norm_layers_of_ones_own_stand_in_eval_in_the_penalty():
     assert step.penalty.item() == expected.item()
 
 
+def test_other_buffers_move_as_in_a_training_step():
+    """Power iterations of a spectral norm, counters: in train mode they belong to the step."""
+
+    def build():
+        torch.manual_seed(0)
+        normed = nn.utils.parametrizations.spectral_norm(nn.Linear(2, 4))
+        return nn.Sequential(normed, nn.Tanh(), nn.Dropout(0.3), nn.Linear(4, 2)).double()
+
+    net, twin, still = build(), build(), build()
+    dl.replace_dropout(net, cross_entropy)(x, labels)
+    twin(x)
+    assert not all(map(torch.equal, net.buffers(), still.buffers()))
+    for found, expected in zip(net.buffers(), twin.buffers(), strict=True):
+        torch.testing.assert_close(found, expected)
+    before = [b.clone() for b in net.buffers()]
+    dl.replace_dropout(net.eval(), cross_entropy)(x, labels)
+    assert all(map(torch.equal, before, net.buffers()))
+
+
 def test_norm_layers_in_eval_stay_as_they_are():
     net = normed().train()
     net[1].eval()

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import droplens as dl
 from droplens.gates import open_gates
@@ -216,3 +217,65 @@ def test_many_sites_are_said():
     net = nn.Sequential(*layers, nn.Linear(30, 3))
     found = price(net, inputs=torch.randn(3, 30))
     assert any("4 sites act through one another" in note for note in found.notes)
+
+
+class Around(nn.Module):
+    """A dropout inside a block that `run` calls."""
+
+    def __init__(self, run):
+        super().__init__()
+        torch.manual_seed(0)
+        self.run, self.first, self.last = run, nn.Linear(2, 4), nn.Linear(4, 3)
+        self.block = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Dropout(0.3))
+
+    def forward(self, inputs):
+        return self.last(self.run(self.block, self.first(inputs)))
+
+
+def without_derivatives(block, h):
+    with torch.no_grad():
+        return block(h)
+
+
+def checkpointed(reentrant):
+    return lambda block, h: checkpoint(block, h, use_reentrant=reentrant)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # torch's checkpoint
+@pytest.mark.parametrize(
+    "run", [without_derivatives, checkpointed(True)], ids=["no_grad", "reentrant"]
+)
+def test_a_site_that_no_derivative_reaches_is_not_free(run):
+    net = Around(run).double()
+    for method in METHODS:
+        found = price(net, method)
+        assert "where no derivative is recorded" in found.unmeasured["block.2"]
+    assert float(price(net, "masks")) > 0
+    with pytest.raises(ValueError, match=r"site 'block\.2' has no penalty: the forward runs it"):
+        price(net, sites=["block.2"])
+
+
+def test_checkpointed_parts_are_refused_where_they_would_run_again():
+    net = Around(checkpointed(False)).double()
+    with pytest.raises(RuntimeError, match="and checkpointed parts would run again"):
+        price(net)
+    with pytest.raises(RuntimeError, match="run again on the way back, under other masks"):
+        dl.gradient_noise(net, x, labels, cross_entropy, 4)
+    with torch.no_grad():
+        assert dl.decompose(net, x, labels, cross_entropy, 20, seed=0).spread.value > 0
+    net(x).sum().backward()  # outside it checkpoints as before
+
+
+def test_batch_norm_as_a_function_of_the_batch_is_refused():
+    net = Tail(lambda m, h: F.batch_norm(m.drop(h), None, None, training=True)).double()
+    for method in METHODS:
+        with pytest.raises(ValueError, match=r"calls F\.batch_norm in train mode, which mixes"):
+            price(net, method)
+    assert float(price(net, "masks")) > 0
+
+
+def test_a_compiled_network_costs_what_it_costs_uncompiled():
+    net = deep_network()
+    compiled = torch.compile(net, backend="eager")
+    for method in ALL:
+        assert float(price(compiled, method)) == float(price(net, method))

@@ -4,7 +4,7 @@ from droplens.discovery._calls import Call
 from droplens.discovery._composites import RECURRENT
 from droplens.discovery._guard import KEPT_IN_EVAL, guarded, switch_on
 from droplens.discovery._intercept import intercept
-from droplens.discovery._order import picks_rows
+from droplens.discovery._order import check_apart, picks_rows
 from droplens.discovery._registry import register_site
 from droplens.discovery._sites import Site, site_of, sites
 from droplens.discovery._unrolled import can_unroll, unrolled
@@ -15,6 +15,7 @@ __all__ = [
     "Call",
     "Site",
     "can_unroll",
+    "check_apart",
     "guarded",
     "intercept",
     "picks_rows",

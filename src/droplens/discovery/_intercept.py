@@ -2,11 +2,13 @@
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
@@ -200,12 +202,29 @@ def _visited(
     return forward
 
 
+_RUNS_TWICE = (
+    "it hooks into what autograd saves (torch.utils.checkpoint, save_on_cpu), and checkpointed "
+    "parts would run again on the way back, under other masks; switch that off "
+    "(in transformers: model.gradient_checkpointing_disable())"
+)
+
+
+def _uncompiled() -> AbstractContextManager[Any]:
+    """Run torch.compile's products as plain Python; nothing if it was never imported."""
+    if "torch._dynamo" not in sys.modules:
+        return nullcontext()
+    stance: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return stance
+
+
 @contextmanager
 def intercept(model: nn.Module, visit: Visit) -> Iterator[Tracker]:
     """While open, every stochastic call of `model` returns `visit(call, x)` and draws nothing.
 
     Modes are left alone: put the model in the mode you want under `guarded` first. Attention runs
-    on torch's maths kernel meanwhile, because the fused ones have no double backward.
+    on torch's maths kernel meanwhile, because the fused ones have no double backward; compiled
+    parts run as they were written; and checkpointed ones are refused where gradients are on,
+    because they would run again, later, under other masks.
 
     Yields:
         A tracker that knows where in the module tree the pass is.
@@ -220,6 +239,8 @@ def intercept(model: nn.Module, visit: Visit) -> Iterator[Tracker]:
         tracker.following(),
         _masking_modules(tracker, named),
         sdpa_kernel(SDPBackend.MATH),
+        disable_saved_tensors_hooks(_RUNS_TWICE),
+        _uncompiled(),
         _Interceptor(tracker, named),
     ):
         yield tracker

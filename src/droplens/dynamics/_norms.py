@@ -47,11 +47,19 @@ def following(model: nn.Module) -> Iterator[None]:
     """While open, BatchNorm layers in train mode use their batch, also where they are put in eval.
 
     Derivatives that are taken meanwhile hold the batch's mean and variance; those taken later, by
-    `.backward()` on what was computed, do not. Running statistics move on the way out, once for
-    every call as in a training step, and not after an error.
+    `.backward()` on what was computed, do not. On the way out running statistics, and all other
+    buffers of layers in train mode, are as one training step leaves them; not after an error.
     """
     layers = [_Followed(module) for module in _live(model)]
+    moved: list[tuple[Tensor, Tensor]] = []
     held = _Held()
+
+    def keep(*_: Any) -> None:
+        if not moved:  # parts of the batch may follow
+            moved.extend((b, b.clone()) for b in buffers)
+
+    buffers = [b for m in model.modules() if m.training for b in m.buffers(recurse=False)]
+    handle = model.register_forward_hook(keep)
     try:
         for layer in layers:
             vars(layer.module)["forward"] = layer.forward_under(held)
@@ -60,8 +68,12 @@ def following(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         held.now = False
+        handle.remove()
         for layer in layers:
             vars(layer.module).pop("forward", None)
+    with torch.no_grad():
+        for buffer, value in moved:
+            buffer.copy_(value)
     for layer in layers:
         layer.move_on()
 

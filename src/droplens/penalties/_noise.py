@@ -202,7 +202,7 @@ def _check_names(names: Sequence[str] | None, opened: Opened) -> None:
     known = {gate.name for gate in opened.gates}
     for name in names:
         if name in opened.unmeasured:
-            raise ValueError(f"site {name!r} has no law: {opened.unmeasured[name]}")
+            raise ValueError(f"site {name!r} has no penalty: {opened.unmeasured[name]}")
         if name not in known:
             raise ValueError(
                 f"sites holds {name!r}, which the forward pass does not meet; "
