@@ -96,7 +96,7 @@ def test_data_folders_add_settings(tmp_path, monkeypatch):
     monkeypatch.setattr(type(claim), "seed_count", lambda *_: 1)
     cells = claim.cells("test", tmp_path)
     assert [cell.get("data") for cell in cells] == [None, None, "mnist", "mnist"]
-    found = claim.measure({**cells[2], "steps": 3}, [0], Theory())
+    (found,) = claim.run([{**cells[2], "steps": 3}], [0], Theory())
     assert len(found["value"]) == 1
 
 
@@ -115,13 +115,17 @@ def test_deep_networks_take_cifar(tmp_path, network):
     cells = [cell for cell in claim.cells("laptop", tmp_path) if cell.get("data") == "cifar10"]
     assert len(cells) == len(claim.cells("laptop"))
     setting = next(cell for cell in cells if cell["network"] == network)
-    found = claim.measure({**setting, "steps": 2, "n": 7, "width": 4}, [0], Theory())
+    (found,) = claim.run([{**setting, "steps": 2, "n": 7, "width": 4}], [0], Theory())
     assert len(found["found"][0]) == 7
 
 
 def test_what_the_folder_does_not_hold_is_told(tmp_path, monkeypatch):
     write_mnist(tmp_path)
-    monkeypatch.setattr(reproduction, "work", lambda batch: {"value": [0.0 for _ in batch.seeds]})
+    monkeypatch.setattr(
+        reproduction,
+        "work",
+        lambda group: [{"value": [0.0 for _ in batch.seeds]} for batch in group],
+    )
     names = ("P8.images", "P4.deep")
     claims = [replace(find(name), figure=None) for name in names]
     monkeypatch.setattr(reproduction, "select", lambda _: tuple(claims))

@@ -1,7 +1,7 @@
 """The papers' claims run, judged and told: what `droplens reproduce` does."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -30,7 +30,17 @@ from droplens.report import (
     Section,
     Table,
 )
-from droplens.runs import Batch, Executor, Inline, Numbers, Processes, Store, batches, complete
+from droplens.runs import (
+    Batch,
+    Executor,
+    Group,
+    Inline,
+    Numbers,
+    Processes,
+    Store,
+    batches,
+    complete,
+)
 from droplens.verdicts import Verdict
 
 Progress = Callable[[float, str], None]
@@ -146,9 +156,11 @@ _SUMMARY_TEXT = (
 )
 
 
-def work(batch: Batch) -> Numbers:
-    """Make the runs of a batch: the claim's measure, under the theory the batch names."""
-    return find(batch.claim).measure(batch.setting, batch.seeds, Theory(batch.broken))
+def work(group: Group) -> list[Numbers]:
+    """Make the runs of a group: the claim's measure, under the theory the group names."""
+    first = group[0]
+    settings = [batch.setting for batch in group]
+    return find(first.claim).run(settings, first.seeds, Theory(first.broken))
 
 
 @dataclass(frozen=True)
@@ -203,10 +215,7 @@ def reproduce(
     chosen, left_out = _with_twin(select(request.names), request.broken)
     plan = {claim.id: _planned(claim, request) for claim in chosen}
     wanted = [
-        batch
-        for claim in chosen
-        for whole in plan[claim.id]
-        for batch in batches(claim.id, whole.setting, whole.seeds, claim.batch, request.broken)
+        batch for claim in chosen for whole in plan[claim.id] for batch in _split(whole, claim)
     ]
     tell = on_progress or (lambda share, doing: None)
 
@@ -241,6 +250,11 @@ def _planned(claim: Claim, request: Request) -> list[Batch]:
         Batch.of(claim.id, setting, seeds, request.broken)
         for setting in claim.cells(request.scale, request.data if holds else None)
     ]
+
+
+def _split(whole: Batch, claim: Claim) -> Iterator[Batch]:
+    size, stacks = claim.batch, claim.stacks
+    return batches(whole.claim, whole.setting, whole.seeds, size, whole.broken, stacks)
 
 
 def _holds_data(claim: Claim, request: Request) -> bool:

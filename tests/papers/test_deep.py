@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from droplens.linear import solve
+from droplens.nn import GroupedDropout
 from droplens.papers import Theory, find
-from droplens.papers.p4 import _deep
+from droplens.papers.p4 import _deep, _networks
 
 GRADED = {"n": 60, "targets": "graded", "r": 20, "keep": 0.4, "block": 4}
 
@@ -14,7 +16,8 @@ GRADED = {"n": 60, "targets": "graded", "r": 20, "keep": 0.4, "block": 4}
 def told(setting, broken=""):
     _, targets = _deep.images(setting)
     m = torch.linalg.svdvals(targets.double())
-    return _deep.predicted(m, setting, Theory(broken)), m
+    r, keep, block = (setting[name] for name in ("r", "keep", "block"))
+    return _deep.predicted(m, r, keep, block, Theory(broken)), m
 
 
 def distance(first, second):
@@ -67,17 +70,51 @@ def test_class_detectors_come_within_a_percent_of_the_minimum(scale):
     assert 1 <= float(detectors) / (bound.value * len(Y)) < 1.01
 
 
+def short(network, **changes):
+    setting = find("P4.deep").settings["test"][0]
+    small = {"n": 20, "steps": 3, "width": 4, "batch": 10, "network": network}
+    return {**setting, **small, "keep": [0.4, 0.6], "block": [4, 1], **changes}
+
+
+def slow_twin(setting, seed, keep, block, p=None):
+    """One network by torch's own loop, from the global stream, with the layer a user would take."""
+    inputs, targets = _deep.images(setting)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        body = _networks.BODIES[setting["network"]](inputs.shape[1:], 20, setting["width"])
+        drop = GroupedDropout(1 - keep if p is None else p, block)
+        network = nn.Sequential(body, drop, nn.Linear(20, 10, bias=False))
+        optimizer = torch.optim.Adam(network.parameters(), lr=setting["rate"])
+        for step in range(setting["steps"]):
+            left = min(1.0, 2 * (1 - step / setting["steps"]))
+            optimizer.param_groups[0]["lr"] = setting["rate"] * left
+            rows = torch.randperm(len(inputs))[: setting["batch"]]
+            loss = (network(inputs[rows]) - targets[rows]).square().sum(1).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        return network.eval()(inputs).detach().double()
+
+
+@pytest.mark.parametrize("broken", ["", "swapped-losses"])
+@pytest.mark.parametrize("network", ["MLP", "VGG", "ResNet"])
+def test_stacked_networks_train_as_one_does_alone(network, broken):
+    setting, seeds, theory = short(network, steps=12), (3, 8), Theory(broken)
+    data = _deep.images(setting)
+    found = _networks.train_networks(data, setting, seeds, theory, True)
+    kinds = [(seed, keep, block) for keep, block in ((0.4, 4), (0.6, 1)) for seed in seeds]
+    for predictions, kind in zip(found, kinds, strict=True):
+        alone = slow_twin(setting, *kind, p=0.0 if broken else None)
+        torch.testing.assert_close(predictions, alone, rtol=1e-3, atol=1e-5)
+
+
 def test_training_repeats_and_leaves_the_global_stream_alone():
-    setting = {
-        **find("P4.deep").settings["test"][0],
-        "n": 20,
-        "steps": 3,
-        "width": 8,
-        "batch": 10,
-    }
+    setting = short("MLP")
+    data = _deep.images(setting)
     before = torch.get_rng_state()
-    first, second = (_deep.train_network(setting, 3, Theory(), True) for _ in range(2))
+    first, second, other = (
+        _networks.train_networks(data, setting, [seed], Theory(), True) for seed in (3, 3, 4)
+    )
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(first, second)
-    other = _deep.train_network(setting, 4, Theory(), True)
     assert not torch.equal(first, other)

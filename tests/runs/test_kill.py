@@ -16,8 +16,8 @@ from droplens import runs
 from tests.runs import child
 
 
-def spawn(folder, log):
-    command = [sys.executable, "-m", "tests.runs.child", str(folder), str(log)]
+def spawn(folder, log, *more):
+    command = [sys.executable, "-m", "tests.runs.child", str(folder), str(log), *more]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(["src", "."])}
     return subprocess.Popen(command, env=environment)
 
@@ -50,12 +50,12 @@ def wait_for(process, log, lines):
         time.sleep(0.0005)
 
 
-def kill_often(folder, log, kills, seed):
+def kill_often(folder, log, kills, seed, *more):
     random_ = random.Random(seed)
     amid = 0
     for _ in range(kills):
         before, started = finished(folder), len(executions(log))
-        process = spawn(folder, log)
+        process = spawn(folder, log, *more)
         # One in four anywhere from before the first import on, the others amid the runs: how long
         # the imports take depends on the machine.
         if random_.random() < 0.25:
@@ -73,18 +73,19 @@ def kill_often(folder, log, kills, seed):
         if len(after) == len(child.SETTINGS) * len(child.SEEDS):
             folder, log = folder.with_name(folder.name + "+"), log.with_name(log.name + "+")
     assert amid >= kills / 4  # runs were cut short indeed
-    assert spawn(folder, log).wait() == 0
+    assert spawn(folder, log, *more).wait() == 0
     return folder
 
 
+@pytest.mark.parametrize("more", [(), ("stacked",)], ids=["apart", "stacked"])
 @pytest.mark.parametrize("kills", [4, pytest.param(50, marks=pytest.mark.slow)])
-def test_killed_at_random_points(kills, tmp_path):
-    folder = kill_often(tmp_path / "results", tmp_path / "log", kills, seed=0)
+def test_killed_at_random_points(kills, more, tmp_path):
+    folder = kill_often(tmp_path / "results", tmp_path / "log", kills, 0, *more)
     with runs.Store(folder) as store:
         assert store.count() == 36
         assert runs.remaining(store, child.WANTED) == []
         for batch in child.WANTED:
-            assert store.numbers(batch) == child.work(batch)
+            assert store.numbers(batch) == child.one(batch)
     assert len(finished(folder)) == 36
 
 

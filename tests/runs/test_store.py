@@ -2,6 +2,7 @@
 
 import math
 import sqlite3
+from dataclasses import replace
 
 import pytest
 
@@ -113,13 +114,57 @@ def test_batches_cover_the_seeds():
     assert [batch.seeds for batch in found] == [(0, 1), (2, 3), (4,)]
 
 
+def test_what_stacks_is_made_together():
+    """Of the same claim, theory and seeds, and alike in all else; each batch once, in order."""
+    stacks = ("rate", "start")
+    settings = [
+        {"r": r, "rate": rate, "start": start}
+        for r in (4, 8)
+        for rate, start in ((0.1, 1), (0.2, 2), (0.2, 3))
+    ]
+    wanted = [
+        batch
+        for broken in ("", "wrong")
+        for setting in settings
+        for batch in runs.batches("c", setting, range(3), 2, broken, stacks)
+    ]
+    groups = runs.together(wanted)
+    assert [len(group) for group in groups] == [3] * 8  # 2 theories × 2 widths × 2 sets of seeds
+    for group in groups:
+        alike = {(batch.broken, batch.seeds, batch.setting["r"]) for batch in group}
+        assert len(alike) == 1
+        assert list(group) == [batch for batch in wanted if batch in group]
+    assert {batch for group in groups for batch in group} == set(wanted)
+    apart = [replace(batch, stacks=()) for batch in wanted]
+    assert runs.together(apart) == [(batch,) for batch in apart]
+
+
+def test_a_stack_without_its_finished_runs_is_still_one():
+    """Where other seeds are left, batches are made apart: a group has one set of seeds."""
+    finished = replace(child.STACKED[0], seeds=(0,))
+    with runs.Store() as store:
+        store.add(finished, child.one(finished))
+        left = runs.together(runs.remaining(store, child.STACKED))
+    assert [[batch.seeds for batch in group] for group in left][:3] == [
+        [(1,)],
+        [(2, 3)] * 3,
+        [(4, 5)] * 3,
+    ]
+    assert [batch.setting["width"] for batch in left[-1]] == [2, 3]
+    assert left[-1][0].seeds == (0, 1)
+
+
+@pytest.mark.parametrize("wanted", [child.WANTED, child.STACKED], ids=["apart", "stacked"])
 @pytest.mark.parametrize(
     "executor", [runs.Inline(), runs.Processes(2)], ids=["inline", "processes"]
 )
-def test_executors_agree(executor):
+def test_executors_agree(executor, wanted):
+    told = []
     with runs.Store() as store:
-        assert runs.complete(store, child.WANTED, child.work, executor) == len(child.WANTED)
-        assert all(store.numbers(batch) == child.work(batch) for batch in child.WANTED)
+        made = runs.complete(store, wanted, child.work, executor, lambda *news: told.append(news))
+        assert made == len(child.WANTED)
+        assert [done for done, _, _ in told] == list(range(made + 1))
+        assert all(store.numbers(batch) == child.one(batch) for batch in child.WANTED)
         assert runs.complete(store, child.WANTED, child.work, executor) == 0
 
 

@@ -18,9 +18,15 @@ from droplens.linear._solve import solve
 
 
 class Scheme(ABC):
-    """One rate a network, and what falls at it."""
+    """One rate a network, and what falls at it.
+
+    With `sharing` = C the networks are C sets of S/C, one after the other, and all sets see the
+    same examples and the same draws: rates can be compared without the noise between them, and what
+    becomes of a set does not depend on the others.
+    """
 
     rates: tuple[float, ...]
+    sharing: int = 1
 
     @abstractmethod
     def loss(
@@ -46,6 +52,21 @@ class Scheme(ABC):
         keep = torch.tensor([1 - p for p in self.rates], dtype=like.dtype, device=like.device)
         return keep[:, None, None]
 
+    def _uniform(
+        self, shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None
+    ) -> Tensor:
+        S, *rest = shape
+        drawn = torch.rand(
+            S // self.sharing, *rest, generator=generator, device=like.device, dtype=like.dtype
+        )
+        return drawn.repeat(self.sharing, *(1 for _ in rest)) if self.sharing > 1 else drawn
+
+    def _coins(
+        self, shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None
+    ) -> Tensor:
+        keep = self.keep(like)
+        return (self._uniform(shape, like, generator) < keep).to(like.dtype) / keep
+
 
 @final
 @dataclass(frozen=True)
@@ -54,14 +75,15 @@ class Dropout(Scheme):
 
     Raises:
         TypeError: if a rate is not a number or the size not an int.
-        ValueError: if a rate is outside [0, 1) or the size below 1.
+        ValueError: if a rate is outside [0, 1), the size below 1, or `sharing` splits no set.
     """
 
     rates: tuple[float, ...]
     block_size: int = 1
+    sharing: int = 1
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "rates", _checked(self.rates))
+        object.__setattr__(self, "rates", _checked(self.rates, self.sharing))
         check_count("block_size", self.block_size)
 
     def loss(
@@ -70,7 +92,7 @@ class Dropout(Scheme):
         """A mask for each example."""
         hidden = X @ V  # (S, n, r)
         blocks = (*hidden.shape[:-1], hidden.shape[-1] // self.block_size)
-        mask = _coins(blocks, self.keep(U), generator, U)
+        mask = self._coins(blocks, U, generator)
         mask = mask.repeat_interleave(self.block_size, -1)
         return per_example(Y - (hidden * mask) @ U.mT)
 
@@ -94,14 +116,16 @@ class DropConnect(Scheme):
 
     Raises:
         TypeError: if a rate is not a number.
-        ValueError: if a rate is outside [0, 1), or `weight` neither of the two.
+        ValueError: if a rate is outside [0, 1), `weight` neither of the two, or `sharing` splits
+            no set.
     """
 
     rates: tuple[float, ...]
     weight: Literal["outgoing", "incoming"] = "outgoing"
+    sharing: int = 1
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "rates", _checked(self.rates))
+        object.__setattr__(self, "rates", _checked(self.rates, self.sharing))
         if self.weight not in {"outgoing", "incoming"}:
             raise ValueError(f"weight has to be 'outgoing' or 'incoming', but got {self.weight!r}")
 
@@ -110,9 +134,9 @@ class DropConnect(Scheme):
     ) -> Tensor:
         """A mask for each batch."""
         if self.weight == "outgoing":
-            U = U * _coins(tuple(U.shape), self.keep(U), generator, U)
+            U = U * self._coins(tuple(U.shape), U, generator)
         else:
-            V = V * _coins(tuple(V.shape), self.keep(V), generator, V)
+            V = V * self._coins(tuple(V.shape), V, generator)
         return per_example(Y - (X @ V) @ U.mT)
 
     def expected(self, U: Tensor, V: Tensor, X: Tensor, Y: Tensor) -> Tensor:
@@ -141,14 +165,15 @@ class DropBlock(Scheme):
 
     Raises:
         TypeError: if a rate is not a number or the size not an int.
-        ValueError: if a rate is outside [0, 1) or the size below 1.
+        ValueError: if a rate is outside [0, 1), the size below 1, or `sharing` splits no set.
     """
 
     rates: tuple[float, ...]
     size: int
+    sharing: int = 1
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "rates", _checked(self.rates))
+        object.__setattr__(self, "rates", _checked(self.rates, self.sharing))
         check_count("size", self.size)
 
     def loss(
@@ -158,9 +183,7 @@ class DropBlock(Scheme):
         hidden = X @ V
         r = hidden.shape[-1]
         cover, keep = self._cover(r, U), self._keep(r, U)  # (r, starts), (S,)
-        uniform = torch.rand(
-            *hidden.shape[:-1], cover.shape[1], generator=generator, device=U.device, dtype=U.dtype
-        )
+        uniform = self._uniform((*hidden.shape[:-1], cover.shape[1]), U, generator)
         falls = (uniform >= keep[:, None, None]).to(U.dtype)
         mask = (falls @ cover.mT == 0).to(U.dtype)
         mean = keep[:, None] ** cover.sum(1)  # μ_a, (S, r)
@@ -203,6 +226,11 @@ class Deterministic(Scheme):
         """The scheme's."""
         return self.scheme.rates
 
+    @property
+    def sharing(self) -> int:  # type: ignore[override]
+        """The scheme's."""
+        return self.scheme.sharing
+
     def loss(
         self, U: Tensor, V: Tensor, X: Tensor, Y: Tensor, generator: torch.Generator | None = None
     ) -> Tensor:
@@ -218,18 +246,22 @@ class Deterministic(Scheme):
         return self.scheme.minimum(X, Y, width)
 
 
-def _checked(rates: Sequence[float] | float) -> tuple[float, ...]:
+def _checked(rates: Sequence[float] | float, sharing: int) -> tuple[float, ...]:
     """One rate a network.
 
     Raises:
-        TypeError: if a rate is not a number.
-        ValueError: if there are none, or one is outside [0, 1).
+        TypeError: if a rate is not a number or `sharing` not an int.
+        ValueError: if there are none, one is outside [0, 1), or `sharing` splits no set.
     """
     listed = tuple(rates) if isinstance(rates, Sequence | Tensor) else (rates,)
     if not listed:
         raise ValueError("rates has to hold one rate a network, but is empty")
     for p in listed:
         drop_variance(p)
+    if len(listed) % check_count("sharing", sharing):
+        raise ValueError(
+            f"sharing has to divide the {len(listed)} networks into sets, but got {sharing}"
+        )
     return tuple(float(p) for p in listed)
 
 
@@ -246,13 +278,6 @@ def _keep_chance(p: float, size: int, r: int) -> float:
             (low, middle) if sum(middle**c for c in counts) > (1 - p) * r else (middle, high)
         )
     return high
-
-
-def _coins(
-    shape: tuple[int, ...], keep: Tensor, generator: torch.Generator | None, like: Tensor
-) -> Tensor:
-    uniform = torch.rand(shape, generator=generator, device=like.device, dtype=like.dtype)
-    return (uniform < keep).to(like.dtype) / keep
 
 
 def block_grams(columns: Tensor, b: int) -> Tensor:

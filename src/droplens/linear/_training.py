@@ -74,7 +74,8 @@ def train_linear(
 
     Args:
         start: U (S, d_out, r) and V (S, d_in, r); a width of S for every rate of the scheme.
-        data: X (n, d_in) and Y (n, d_out); every network sees its own order of the examples.
+        data: X (n, d_in) and Y (n, d_out); every network sees its own order of the examples, but
+            for those that the scheme lets share it.
         scheme: what falls: `Dropout`, `DropConnect`, `DropBlock`, or `Deterministic` of one.
         plan: how to train; by default 40 epochs of Adam at 1e-3 in batches of 32.
         record_every: steps between measurements; about 50 over the run if not given.
@@ -101,7 +102,8 @@ def train_linear(
     log.record(0, U, V)
     done = 0
     for _ in range(plan.epochs):
-        order = torch.rand(count, n, generator=source, device=device).argsort(1)
+        order = torch.rand(count // scheme.sharing, n, generator=source, device=device).argsort(1)
+        order = order.repeat(scheme.sharing, 1)
         for first in range(0, n, size):
             rows = order[:, first : first + size]
             batch = (X, Y) if size == n else (X[rows], Y[rows])

@@ -147,6 +147,11 @@ class Claim:
     `criterion`. It has to depend on its arguments alone: runs happen in any process and order.
     `broken` names the wrong theories under which the verdict has to turn into its opposite.
 
+    Settings that differ in what `stacks` names alone are measured at once: `measure` is then given
+    a list of values under each of these names (also where it is one setting), and returns numbers
+    for all seeds of the first, then for all of the second. What a run draws must not depend on the
+    settings beside it.
+
     Raises:
         ValueError: if a field contradicts another, or a broken theory is unknown.
     """
@@ -173,6 +178,8 @@ class Claim:
     """Whether seeds matter. If not, one run is the exact value."""
     batch: int = 50
     """Seeds that are run together."""
+    stacks: tuple[str, ...] = ()
+    """Which settings leave all shapes alike, so that runs which differ in them train at once."""
     data: str = ""
     """Which data set on disk the claim can take instead of the digits: "mnist" or "cifar10".
 
@@ -190,6 +197,9 @@ class Claim:
             raise ValueError(f"reason has to say why {self.id} goes against the paper")
         if self.data and not all("n" in one for cells in self.settings.values() for one in cells):
             raise ValueError(f"settings of {self.id} have to say how many examples, n, they read")
+        for name in self.stacks:
+            if not all(name in one for cells in self.settings.values() for one in cells):
+                raise ValueError(f"every setting of {self.id} has to say {name!r}, which it stacks")
         if not self.broken or not set(self.broken) <= set(BREAKS):
             raise ValueError(f"broken has to name theories of {set(BREAKS)}, but got {self.broken}")
 
@@ -200,6 +210,35 @@ class Claim:
             extra = [{**setting, "data": self.data, "folder": str(folder)} for setting in settings]
             settings += [setting for setting in extra if setting not in settings]
         return settings
+
+    def run(
+        self, settings: Sequence[Setting], seeds: Sequence[int], theory: Theory
+    ) -> list[Numbers]:
+        """Measure at settings that differ in `stacks` alone; each setting's numbers.
+
+        Raises:
+            ValueError: if they differ in more.
+        """
+        first, count = settings[0], len(seeds)
+        for other in settings[1:]:
+            apart = {k for k in {*first, *other} if first.get(k) != other.get(k)}
+            if not apart <= set(self.stacks):
+                raise ValueError(
+                    f"settings may differ in {', '.join(self.stacks) or 'nothing'} to be measured "
+                    f"at once, but differ in {', '.join(sorted(apart))}"
+                )
+        runs = len(settings) * count
+        listed = {name: [setting[name] for setting in settings] for name in self.stacks}
+        numbers = self.measure({**first, **listed}, seeds, theory)
+        for name, entries in numbers.items():
+            if len(entries) != runs:
+                raise ValueError(
+                    f"{self.id} gave {len(entries)} entries of {name!r} for {runs} runs"
+                )
+        return [
+            {name: entries[k * count : (k + 1) * count] for name, entries in numbers.items()}
+            for k in range(len(settings))
+        ]
 
     def seed_count(self, scale: Scale, asked: int | None = None) -> int:
         """How many seeds to run."""

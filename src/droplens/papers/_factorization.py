@@ -1,8 +1,10 @@
-"""Factorising a matrix, M ≈ U Vᵀ, under any multiplicative noise: S seeds at once (P4, P8).
+"""Factorising a matrix, M ≈ U Vᵀ, under multiplicative noise: C settings, S seeds at once (P4, P8).
 
 The loss at one draw is ‖M − U (V ∘ Z)ᵀ‖_F², Z of mean one: one row of Z for all rows of V (dropout
 of hidden units, blocks of them, or any law of masks), or a Z of V's own shape (DropConnect). Its
 mean is ‖M − U Vᵀ‖_F² + ⟨C̄, UᵀU ∘ VᵀV⟩ with C̄ the relative covariance (theory §2.1).
+
+The settings of a stack see the same draws, so that a run does not depend on those beside it.
 """
 
 from abc import ABC, abstractmethod
@@ -24,11 +26,11 @@ class Noise(ABC):
 
     @abstractmethod
     def draw(self, V: Tensor, generator: torch.Generator) -> Tensor:
-        """Z for V (S, n, r): (S, 1, r) or (S, n, r)."""
+        """Z for V (…, S, n, r): (…, S, 1, r) or (…, S, n, r)."""
 
     @abstractmethod
     def covariance(self, r: int) -> Tensor:
-        """C̄ (r, r), float64."""
+        """C̄ (r, r), or (C, 1, r, r) where it differs between settings; float64."""
 
 
 @final
@@ -36,25 +38,30 @@ class Noise(ABC):
 class Coins(Noise):
     """Blocks of hidden units that fall together (1: dropout), or single weights (DropConnect)."""
 
-    p: float
+    rates: tuple[float, ...]
+    """The drop probability of each of the C settings."""
     block_size: int = 1
     weights: bool = False
     theory: Theory = field(default_factory=Theory)
 
     def draw(self, V: Tensor, generator: torch.Generator) -> Tensor:
-        """A coin a block, or a coin a weight."""
-        S, n, r = V.shape
+        """A coin a block, or a coin a weight: Z (C, S, …) for V (C, S, n, r)."""
+        S, n, r = V.shape[-3:]
+        p = self._p().to(V)
         shape = (S, n if self.weights else 1, r // self.block_size)
-        coins = torch.rand(shape, generator=generator, dtype=V.dtype) >= self.p
-        scaled = coins.to(V.dtype) * self.theory.rescale(self.p)
-        return scaled.repeat_interleave(self.block_size, -1)
+        coins = torch.rand(shape, generator=generator, dtype=V.dtype).to(V.device) >= p
+        scaled = coins.to(V.dtype) * self.theory.rescale(p)
+        return scaled.repeat_interleave(self.block_size, -1) if self.block_size > 1 else scaled
 
     def covariance(self, r: int) -> Tensor:
         """λ within a block, 0 across."""
         blocks = torch.ones(self.block_size, self.block_size, dtype=torch.float64)
         whole = torch.block_diag(*[blocks] * (r // self.block_size))
-        covariance: Tensor = self.theory.factor * self.theory.variance(self.p) * whole
+        covariance: Tensor = self.theory.factor * self.theory.variance(self._p()) * whole
         return covariance
+
+    def _p(self) -> Tensor:
+        return torch.tensor(self.rates, dtype=torch.float64)[:, None, None, None]
 
 
 @final
@@ -78,20 +85,20 @@ class Masks(Noise):
 
 
 def plain_loss(M: Tensor, U: Tensor, V: Tensor) -> Tensor:
-    """‖M − U Vᵀ‖_F², (S,)."""
+    """‖M − U Vᵀ‖_F², one for each network."""
     return (M - U @ V.mT).square().sum((-2, -1))
 
 
 def penalty(U: Tensor, V: Tensor, covariance: Tensor) -> Tensor:
-    """⟨C̄, UᵀU ∘ VᵀV⟩, (S,)."""
+    """⟨C̄, UᵀU ∘ VᵀV⟩, one for each network."""
     return (covariance.to(U.dtype) * (U.mT @ U) * (V.mT @ V)).sum((-2, -1))
 
 
 def sampled_loss(
     M: Tensor, U: Tensor, V: Tensor, noise: Noise, draws: int, generator: torch.Generator
 ) -> Tensor:
-    """The loss under noise, averaged over `draws` of it, (S,)."""
-    total = torch.zeros(len(U), dtype=U.dtype)
+    """The loss under noise, averaged over `draws` of it, one for each network."""
+    total = torch.zeros(U.shape[:-2], dtype=U.dtype)
     for _ in range(draws):
         total += plain_loss(M, U, V * noise.draw(V, generator))
     return total / draws
@@ -99,7 +106,7 @@ def sampled_loss(
 
 @dataclass(frozen=True)
 class Path:
-    """Factors along the descent: at T recorded steps U (T, S, m, r) and V (T, S, n, r)."""
+    """Factors along the descent: at T recorded steps U (T, C, S, m, r) and V (T, C, S, n, r)."""
 
     steps: list[int]
     outgoing: Tensor
@@ -111,26 +118,26 @@ class Steps:
     """How to descend: the step size stays for `hold` steps, then falls as 1/t."""
 
     count: int
-    rate: float
+    rates: tuple[float, ...]
+    """The step size that each of the C settings begins with."""
     hold: int
     records: int = 20
 
-    def at(self, step: int) -> float:
-        """The step size of a step."""
-        return self.rate * self.hold / max(step, self.hold)
+    def left(self, step: int) -> float:
+        """What is left of the step size at a step."""
+        return self.hold / max(step, self.hold)
 
 
 def factorise(
     M: Tensor,
     factors: tuple[Tensor, Tensor],
-    noise: Noise | Tensor | None,
+    noise: Noise,
     plan: Steps,
     generator: torch.Generator,
 ) -> Path:
-    """Gradient descent from `factors`, under noise, on its mean (given C̄), or on the plain loss."""
-    U, V = factors
-    if isinstance(noise, Tensor):
-        noise = noise.to(U.dtype)
+    """Gradient descent under noise from `factors` (S, …), the same at every setting."""
+    rates = torch.tensor(plan.rates, dtype=factors[0].dtype)[:, None, None, None]
+    U, V = (factor.expand(len(rates), *factor.shape) for factor in factors)
     every = max(1, plan.count // plan.records)
     kept: list[tuple[int, Tensor, Tensor]] = []
     for step in range(plan.count + 1):
@@ -138,14 +145,11 @@ def factorise(
             kept.append((step, U, V))
         if step == plan.count:
             break
-        Z = noise.draw(V, generator) if isinstance(noise, Noise) else torch.ones((), dtype=U.dtype)
+        Z = noise.draw(V, generator)
         W = V * Z
-        R = M - U @ W.mT  # (S, m, n)
-        slope_out, slope_in = -2 * R @ W, -2 * (R.mT @ U) * Z
-        if isinstance(noise, Tensor):
-            slope_out = slope_out + 2 * U @ (noise * (V.mT @ V))
-            slope_in = slope_in + 2 * V @ (noise * (U.mT @ U))
-        U, V = U - plan.at(step) * slope_out, V - plan.at(step) * slope_in
+        R = M - U @ W.mT  # (C, S, m, n)
+        slope = 2 * rates * plan.left(step)
+        U, V = U + slope * (R @ W), V + slope * ((R.mT @ U) * Z)
     return Path(
         [step for step, _, _ in kept],
         torch.stack([U for _, U, _ in kept]),
@@ -176,8 +180,8 @@ def follow(
     """Train under noise; at each recorded step hold the sampled against the predicted objective.
 
     Returns:
-        by seed: `value`, sampled excess over predicted penalty, both summed over the steps; the
-        curves `step`, `sampled` and `predicted`, the two objectives.
+        by setting and seed: `value`, sampled excess over predicted penalty, both summed over the
+        steps; the curves `step`, `sampled` and `predicted`, the two objectives.
     """
     path = factorise(M, factors, noise, plan, seeded(seeds))
     masks_seen = seeded(seeds, salt=1)
@@ -187,10 +191,11 @@ def follow(
         sampled.append(quiet if swapped else noisy)
         bare.append(noisy if swapped else quiet)
         predicted.append(bare[-1] + penalty(U, V, noise.covariance(U.shape[-1])))
-    noisy, quiet, told = torch.stack(sampled), torch.stack(bare), torch.stack(predicted)  # (T, S)
+    curves = (torch.stack(one).flatten(1) for one in (sampled, bare, predicted))
+    noisy, quiet, told = curves  # (T, CS)
     return {
         "value": ((noisy - quiet).sum(0) / (told - quiet).sum(0)).tolist(),
-        "step": [[float(step) for step in path.steps]] * len(seeds),
+        "step": [[float(step) for step in path.steps]] * noisy.shape[1],
         "sampled": noisy.mT.tolist(),
         "predicted": told.mT.tolist(),
     }

@@ -1,7 +1,8 @@
-"""Dropout by stochastic gradient descent on fresh examples, many seeds and rates at once (P1).
+"""Dropout by stochastic gradient descent on fresh examples, many seeds and settings at once (P1).
 
-Each step draws B examples x ~ N(0, I) with y = M x and a mask for each, and moves U (S, d_out, r)
-and V (S, d_in, r) along the gradient of (1/B) Σ ‖y − U (z ∘ Vᵀx)/(1 − p)‖².
+Each step draws B examples x ~ N(0, I) with y = M x and a mask for each, and moves the factors U
+(C, S, d_out, r) and V (C, S, d_in, r) along the gradient of (1/B) Σ ‖y − U (z ∘ Vᵀx)/(1 − p)‖².
+The C settings see the same draws, so that a run does not depend on the settings beside it.
 """
 
 import math
@@ -24,25 +25,24 @@ class Descent:
 
     steps: int
     batch: int
-    rate: float
+    rates: tuple[float, ...]
+    """The step size that each of the C settings begins with."""
     tail: float = 0.7
 
-    def at(self, step: int) -> float:
-        """The step size of a step."""
-        return self.rate * min(1.0, (1 - step / self.steps) / self.tail)
+    def left(self, step: int) -> float:
+        """What is left of the step size at a step."""
+        return min(1.0, (1 - step / self.steps) / self.tail)
 
 
 @dataclass(frozen=True)
 class Trace:
-    """What S networks did: at T recorded steps, their objective and their importance scores."""
+    """What C·S networks did: at T recorded steps, their objective and their importance scores."""
 
     steps: list[int]
     objective: Tensor
-    """Exact population objective ‖M − U Vᵀ‖² + λ Σ ‖u_i‖²‖v_i‖², (T, S)."""
+    """Exact population objective ‖M − U Vᵀ‖² + λ Σ ‖u_i‖²‖v_i‖², (T, C, S)."""
     variance: Tensor
-    """Variance over units of ‖u_i‖‖v_i‖, (T, S)."""
-    outgoing: Tensor
-    incoming: Tensor
+    """Variance over units of ‖u_i‖‖v_i‖, (T, C, S)."""
 
 
 def seeded(seeds: Sequence[int], salt: int = 0) -> torch.Generator:
@@ -52,16 +52,20 @@ def seeded(seeds: Sequence[int], salt: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(mixed % 2**62)
 
 
-def starts(seeds: Sequence[int], M: Tensor, r: int, scale: float) -> tuple[Tensor, Tensor]:
-    """U and V of deviation scale/√d; each seed's own, whatever the others are."""
+def starts(
+    seeds: Sequence[int], M: Tensor, r: int, scales: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    """U and V (C, S, …) of deviation scale/√d, at C scales, from each seed alone."""
     pairs = []
     d_out, d_in = M.shape
     for seed in seeds:
         source = torch.Generator().manual_seed(seed + 1)
-        U = torch.randn(d_out, r, generator=source, dtype=torch.float64) * scale / d_out**0.5
-        V = torch.randn(d_in, r, generator=source, dtype=torch.float64) * scale / d_in**0.5
+        U = torch.randn(d_out, r, generator=source, dtype=torch.float64) / d_out**0.5
+        V = torch.randn(d_in, r, generator=source, dtype=torch.float64) / d_in**0.5
         pairs.append((U, V))
-    return torch.stack([U for U, _ in pairs]), torch.stack([V for _, V in pairs])
+    by_setting = torch.tensor(scales, dtype=torch.float64)[:, None, None, None]
+    U, V = (torch.stack(factors) * by_setting for factors in zip(*pairs, strict=True))
+    return U, V
 
 
 def target(setting: Mapping[str, Any]) -> Tensor:
@@ -78,43 +82,43 @@ def least(M: Tensor, r: int, p: float) -> float:
 def descend(
     M: Tensor,
     factors: tuple[Tensor, Tensor],
-    rates: Sequence[float],
+    p: Tensor,
     plan: Descent,
     theory: Theory,
     generator: torch.Generator,
     device: torch.device | str = "cpu",
 ) -> Trace:
-    """Train from `factors` at one rate a network; the objective recorded is that of the true λ."""
+    """Train from `factors` at the rates p (C, S); the objective recorded is that of the true λ."""
     real = torch.float32
-    M, U, V = (tensor.to(device, real) for tensor in (M, *factors))
-    keep = torch.tensor([1.0 if theory.swapped else 1 - p for p in rates])
-    scale = torch.tensor([1.0 if theory.swapped else theory.rescale(p) for p in rates])
-    keep, scale = keep.to(device, real)[:, None, None], scale.to(device, real)[:, None, None]
-    variances = torch.tensor([p / (1 - p) for p in rates], device=device, dtype=real)
+    keep, scale = (torch.ones_like(p),) * 2 if theory.swapped else (1 - p, theory.rescale(p))
+    M, U, V, p, keep, scale = (t.to(device, real) for t in (M, *factors, p, keep, scale))
+    keep, scale = keep[..., None, None], scale[..., None, None]
+    rates = torch.tensor(plan.rates, device=device, dtype=real)[:, None, None, None]
     every = max(1, plan.steps // 40)
     steps: list[int] = []
     rows: list[Tensor] = []
     source = generator if str(device) == "cpu" else _moved(generator, device)
+    S, d_in, r = p.shape[1], M.shape[1], U.shape[-1]
     for step in range(plan.steps + 1):
         if step % every == 0 or step == plan.steps:
             steps.append(step)
-            rows.append(_measured(M, U, V, variances))
+            rows.append(_measured(M, U, V, p / (1 - p)))
         if step == plan.steps:
             break
-        X = torch.randn(len(U), plan.batch, M.shape[1], generator=source, device=device)
-        H = X @ V  # (S, B, r)
-        falls = torch.rand(H.shape, generator=source, device=device) < keep
+        X = torch.randn(S, plan.batch, d_in, generator=source, device=device)
+        H = X @ V  # (C, S, B, r)
+        falls = torch.rand(S, plan.batch, r, generator=source, device=device) < keep
         mask = falls.to(real) * scale
         H = H * mask
-        R = H @ U.mT - X @ M.mT  # (S, B, d_out)
-        slope = 2 * plan.at(step) / plan.batch
+        R = H @ U.mT - X @ M.mT  # (C, S, B, d_out)
+        slope = 2 * rates * plan.left(step) / plan.batch
         U, V = U - slope * (R.mT @ H), V - slope * (X.mT @ ((R @ U) * mask))
     objective, variance = torch.stack(rows, 1).double().cpu()
-    return Trace(steps, objective, variance, U.double().cpu(), V.double().cpu())
+    return Trace(steps, objective, variance)
 
 
 def _measured(M: Tensor, U: Tensor, V: Tensor, variances: Tensor) -> Tensor:
-    squares = U.square().sum(-2) * V.square().sum(-2)  # (S, r)
+    squares = U.square().sum(-2) * V.square().sum(-2)  # (C, S, r)
     objective = (M - U @ V.mT).square().sum((-2, -1)) + variances * squares.sum(-1)
     return torch.stack([objective, squares.sqrt().var(-1, correction=0)])
 

@@ -3,7 +3,11 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Final
+from typing import Final, TypeVar
+
+from torch import Tensor
+
+Rate = TypeVar("Rate", float, Tensor)
 
 BREAKS: Final[Mapping[str, str]] = MappingProxyType(
     {
@@ -37,7 +41,7 @@ class Theory:
                 f"broken has to be one of {', '.join(BREAKS)}, but got {self.broken!r}"
             )
 
-    def variance(self, p: float) -> float:
+    def variance(self, p: Rate) -> Rate:
         """λ = p/(1 − p), as the theory at hand has it."""
         return (1 - p) / p if self.broken == "wrong-lambda" else p / (1 - p)
 
@@ -55,9 +59,9 @@ class Theory:
         """What the predicted penalty is multiplied by: 1."""
         return 2.0 if self.broken == "penalty-doubled" else 1.0
 
-    def rescale(self, p: float) -> float:
+    def rescale(self, p: Rate) -> Rate:
         """What kept units are multiplied by: 1/(1 − p)."""
-        return 1.0 if self.broken == "missing-rescale" else 1 / (1 - p)
+        return 0 * p + 1 if self.broken == "missing-rescale" else 1 / (1 - p)
 
     @property
     def swapped(self) -> bool:

@@ -6,7 +6,7 @@ others' insides, so that a cluster's executor can join.
 
 from droplens.runs._complete import complete, remaining
 from droplens.runs._executor import Executor
-from droplens.runs._grid import Batch, Numbers, Work, batches, canonical
+from droplens.runs._grid import Batch, Group, Numbers, Work, batches, canonical, together
 from droplens.runs._inline import Inline
 from droplens.runs._processes import Processes
 from droplens.runs._store import FILE, SCHEMA_VERSION, Store, versions
@@ -16,6 +16,7 @@ __all__ = [
     "SCHEMA_VERSION",
     "Batch",
     "Executor",
+    "Group",
     "Inline",
     "Numbers",
     "Processes",
@@ -25,5 +26,6 @@ __all__ = [
     "canonical",
     "complete",
     "remaining",
+    "together",
     "versions",
 ]

@@ -1,9 +1,10 @@
 """From what is wanted and what is there to what is left, and through it."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 from droplens.runs._executor import Executor
-from droplens.runs._grid import Batch, Work
+from droplens.runs._grid import Batch, Work, together
 from droplens.runs._store import Store
 
 OnProgress = Callable[[int, int, Batch | None], None]
@@ -19,7 +20,7 @@ def remaining(store: Store, wanted: Iterable[Batch]) -> list[Batch]:
         seeds = tuple(s for s in batch.seeds if s not in done and (*key, s) not in planned)
         planned |= {(*key, seed) for seed in seeds}
         if seeds:
-            left.append(Batch(*key, seeds))
+            left.append(replace(batch, seeds=seeds))
     return left
 
 
@@ -32,13 +33,18 @@ def complete(
 ) -> int:
     """Run what is not finished yet, write each batch when it is done, return how many there were.
 
+    Batches that can be are made together.
+
     Raises:
         OSError: if a result cannot be written; what was written stays.
     """
     batches = remaining(store, wanted)
     tell = on_progress or (lambda done, total, batch: None)
     tell(0, len(batches), None)
-    for done, (batch, numbers) in enumerate(executor.results(work, batches), 1):
-        store.add(batch, numbers)
-        tell(done, len(batches), batch)
+    done = 0
+    for group, results in executor.results(work, together(batches)):
+        for batch, numbers in zip(group, results, strict=True):
+            store.add(batch, numbers)
+            done += 1
+            tell(done, len(batches), batch)
     return len(batches)

@@ -1,4 +1,4 @@
-"""What is to be run: batches of seeds at a setting, named by plain data."""
+"""What is to be run: batches of seeds at a setting, and groups of them, named by plain data."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -14,7 +14,8 @@ class Batch:
     """Runs that differ in the seed alone and are made together.
 
     `claim` says what is measured, `broken` under which wrong theory ("" for the right one),
-    `settings` is canonical JSON. A run is known by these three and its seed.
+    `settings` is canonical JSON. A run is known by these three and its seed. `stacks` names the
+    settings in which batches may differ and still be made together.
 
     >>> Batch.of("P1.objective", {"r": 4, "p": 0.5}, [0, 1]).settings
     '{"p":0.5,"r":4}'
@@ -24,13 +25,19 @@ class Batch:
     broken: str
     settings: str
     seeds: tuple[int, ...]
+    stacks: tuple[str, ...] = ()
 
     @classmethod
     def of(
-        cls, claim: str, setting: Mapping[str, Any], seeds: Iterable[int], broken: str = ""
+        cls,
+        claim: str,
+        setting: Mapping[str, Any],
+        seeds: Iterable[int],
+        broken: str = "",
+        stacks: Iterable[str] = (),
     ) -> "Batch":
         """A batch at a setting given as a mapping."""
-        return cls(claim, broken, canonical(setting), tuple(seeds))
+        return cls(claim, broken, canonical(setting), tuple(seeds), tuple(stacks))
 
     @property
     def setting(self) -> dict[str, Any]:
@@ -38,8 +45,12 @@ class Batch:
         return dict(json.loads(self.settings))
 
 
-Work = Callable[[Batch], Numbers]
-"""Makes a batch's runs. Executors send it to other processes: a function of a module."""
+Group = tuple[Batch, ...]
+"""Batches that are made together: of one claim, theory and seeds."""
+
+Work = Callable[[Group], Sequence[Numbers]]
+"""Makes a group's runs: numbers for each batch. Executors send it to other processes: a function
+of a module."""
 
 
 def canonical(setting: Mapping[str, Any]) -> str:
@@ -53,6 +64,7 @@ def batches(
     seeds: Sequence[int],
     size: int,
     broken: str = "",
+    stacks: Iterable[str] = (),
 ) -> Iterator[Batch]:
     """The seeds in batches of at most `size`.
 
@@ -60,4 +72,20 @@ def batches(
         The batches, in the seeds' order.
     """
     for first in range(0, len(seeds), size):
-        yield Batch.of(claim, setting, seeds[first : first + size], broken)
+        yield Batch.of(claim, setting, seeds[first : first + size], broken, stacks)
+
+
+def together(wanted: Iterable[Batch]) -> list[Group]:
+    """Batches of the same seeds whose settings differ in their `stacks` alone, grouped.
+
+    >>> slow, fast, wide = ({"rate": 0.1, "r": 4}, {"rate": 0.2, "r": 4}, {"rate": 0.1, "r": 8})
+    >>> found = together(Batch.of("c", s, [0, 1], stacks=["rate"]) for s in (slow, fast, wide))
+    >>> [[batch.settings for batch in group] for group in found]
+    [['{"r":4,"rate":0.1}', '{"r":4,"rate":0.2}'], ['{"r":8,"rate":0.1}']]
+    """
+    groups: dict[tuple[object, ...], list[Batch]] = {}
+    for batch in wanted:
+        alike = {name: v for name, v in batch.setting.items() if name not in batch.stacks}
+        key = (batch.claim, batch.broken, batch.seeds, canonical(alike))
+        groups.setdefault(key, []).append(batch)
+    return [tuple(group) for group in groups.values()]

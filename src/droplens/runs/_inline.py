@@ -4,18 +4,20 @@ from collections.abc import Iterator, Sequence
 from typing import final
 
 from droplens.runs._executor import Executor
-from droplens.runs._grid import Batch, Numbers, Work
+from droplens.runs._grid import Group, Numbers, Work
 
 
 @final
 class Inline(Executor):
     """No other process: the simplest to debug, and the first with a GPU."""
 
-    def results(self, work: Work, batches: Sequence[Batch]) -> Iterator[tuple[Batch, Numbers]]:
+    def results(
+        self, work: Work, groups: Sequence[Group]
+    ) -> Iterator[tuple[Group, Sequence[Numbers]]]:
         """In the order given.
 
         Yields:
-            Each batch with its numbers.
+            Each group with its numbers.
         """
-        for batch in batches:
-            yield batch, work(batch)
+        for group in groups:
+            yield group, work(group)

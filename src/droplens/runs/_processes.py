@@ -10,7 +10,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import final
 
 from droplens.runs._executor import Executor
-from droplens.runs._grid import Batch, Numbers, Work
+from droplens.runs._grid import Group, Numbers, Work
 
 
 @final
@@ -26,22 +26,24 @@ class Processes(Executor):
             raise ValueError(f"jobs has to be at least 1, but got {jobs}")
         self._jobs = jobs
 
-    def results(self, work: Work, batches: Sequence[Batch]) -> Iterator[tuple[Batch, Numbers]]:
+    def results(
+        self, work: Work, groups: Sequence[Group]
+    ) -> Iterator[tuple[Group, Sequence[Numbers]]]:
         """As they finish.
 
         Yields:
-            Each batch with its numbers.
+            Each group with its numbers.
 
         Raises:
             OSError: if a process was killed from outside, as for want of memory.
         """
         context = multiprocessing.get_context("spawn")
         pool = ProcessPoolExecutor(
-            min(self._jobs, max(1, len(batches))), context, initializer=_prepare
+            min(self._jobs, max(1, len(groups))), context, initializer=_prepare
         )
         try:
-            running: dict[Future[Numbers], Batch] = {
-                pool.submit(work, batch): batch for batch in batches
+            running: dict[Future[Sequence[Numbers]], Group] = {
+                pool.submit(work, group): group for group in groups
             }
             for future in as_completed(running):
                 yield running.pop(future), future.result()

@@ -4,10 +4,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from droplens.papers._claim import Cell, Claim, Criterion, Numbers, Setting
 from droplens.papers._streams import (
     Descent,
+    Trace,
     descend,
     device_of,
     least,
@@ -24,18 +26,17 @@ _LAMBDAS = (0.1, 0.5, 1.0)
 
 def measure_closed_form(setting: Setting, seeds: Sequence[int], theory: Theory) -> Numbers:
     """(objective at the end − closed form) ÷ closed form; the curve of the objective over it."""
-    M = target(setting)
-    p = setting["lambda"] / (1 + setting["lambda"])
-    factors = starts(seeds, M, setting["r"], setting["start"])
-    trace = descend(
-        M, factors, [p] * len(seeds), _plan(setting), theory, seeded(seeds), device_of(setting)
-    )
-    best = least(M, setting["r"], theory.predicted(p))
-    relative = trace.objective / best - 1
+    M, r = target(setting), setting["r"]
+    rates = _rates(setting)
+    factors = starts(seeds, M, r, setting["start"])
+    p = _each(rates, seeds)
+    trace = descend(M, factors, p, _plan(setting), theory, seeded(seeds), device_of(setting))
+    best = torch.tensor([least(M, r, theory.predicted(rate)) for rate in rates])
+    relative = trace.objective / best[:, None] - 1
     return {
-        "value": relative[-1].tolist(),
-        "step": _steps(trace.steps, seeds),
-        **_by_seed(relative),
+        "value": relative[-1].flatten().tolist(),
+        "step": _steps(trace, relative),
+        "curve": _curves(relative),
     }
 
 
@@ -46,19 +47,20 @@ def measure_equalization(setting: Setting, seeds: Sequence[int], theory: Theory)
     the same start without dropout: weights that merely shrink or settle do not count.
     """
     M = target(setting)
-    p = setting["lambda"] / (1 + setting["lambda"])
     U, V = starts(seeds, M, setting["r"], setting["start"])
     S = len(seeds)
-    rates = [0.0] * S + [p] * S if theory.swapped else [p] * S + [0.0] * S
-    factors = U.repeat(2, 1, 1), V.repeat(2, 1, 1)
+    p = _each(_rates(setting), seeds)
+    twins = torch.zeros_like(p)
+    rates = torch.cat((twins, p) if theory.swapped else (p, twins), 1)  # (C, 2S)
+    factors = U.repeat(1, 2, 1, 1), V.repeat(1, 2, 1, 1)
     trace = descend(M, factors, rates, _plan(setting), Theory(), seeded(seeds), device_of(setting))
-    dropped, plain = trace.variance[:, :S], trace.variance[:, S:]
+    dropped, plain = trace.variance[..., :S], trace.variance[..., S:]
     yardstick = torch.minimum(dropped[0], plain[-1])
     return {
-        "value": (dropped[-1] / (dropped[-1] + yardstick)).tolist(),
-        "step": _steps(trace.steps, seeds),
-        "curve": dropped.mT.tolist(),
-        "without": plain.mT.tolist(),
+        "value": (dropped[-1] / (dropped[-1] + yardstick)).flatten().tolist(),
+        "step": _steps(trace, dropped),
+        "curve": _curves(dropped),
+        "without": _curves(plain),
     }
 
 
@@ -68,18 +70,19 @@ def measure_faster(setting: Setting, seeds: Sequence[int], theory: Theory) -> Nu
     All λ of a seed start from the same weights; the least of the falls is the value.
     """
     M = target(setting)
-    U, V = starts(seeds, M, setting["r"], setting["start"])
     count = len(_LAMBDAS)
-    rates = [theory.rate(v) if not theory.swapped else 0.0 for v in _LAMBDAS for _ in seeds]
-    factors = U.repeat(count, 1, 1), V.repeat(count, 1, 1)
-    trace = descend(M, factors, rates, _plan(setting), Theory(), seeded(seeds), device_of(setting))
-    curves = log10(trace.variance).unflatten(1, (count, len(seeds)))  # (T, Λ, S)
+    rates = [0.0 if theory.swapped else theory.rate(v) for v in _LAMBDAS]
+    factors = starts(seeds, M, setting["r"], [setting["start"]] * count)
+    plan = Descent(setting["steps"], setting["batch"], (setting["rate"],) * count)
+    p = _each(rates, seeds)
+    trace = descend(M, factors, p, plan, Theory(), seeded(seeds), device_of(setting))
+    curves = log10(trace.variance)  # (T, Λ, S)
     falls = curves.mean(0)[:-1] - curves.mean(0)[1:]
     return {
         "value": falls.min(0).values.tolist(),
-        "step": _steps(trace.steps, seeds),
+        "step": _steps(trace, curves[:, :1]),
         **{
-            f"lambda {variance:g}": (10 ** curves[:, k]).mT.tolist()
+            f"lambda {variance:g}": _curves(trace.variance[:, k : k + 1])
             for k, variance in enumerate(_LAMBDAS)
         },
     }
@@ -90,42 +93,55 @@ def measure_trajectory(setting: Setting, seeds: Sequence[int], theory: Theory) -
 
     Averaged over the second half of the descent, which keeps its noise at a constant step.
     """
-    M, variance, steps = 2.0, setting["lambda"], setting["steps"]
-    p = variance / (1 + variance)
-    scale = 1.0 if theory.swapped else theory.rescale(p)
-    keep = 1.0 if theory.swapped else 1 - p
+    M, steps = 2.0, setting["steps"]
+    p = _each(_rates(setting), seeds)
+    keep, scale = (torch.ones_like(p),) * 2 if theory.swapped else (1 - p, theory.rescale(p))
+    keep, scale = keep[..., None, None], scale[..., None, None]
     source = seeded(seeds)
     u = torch.stack([torch.randn(2, generator=torch.Generator().manual_seed(s)) for s in seeds])
-    u = u.double() * 0.5
+    u = (u.double() * 0.5).expand(*p.shape, 2)
     path = [u]
     for step in range(steps):
         masks = torch.rand(len(seeds), 64, 2, generator=source, dtype=torch.float64) < keep
-        z = masks.double() * scale
-        inner = M - (z * u[:, None].square()).sum(-1, keepdim=True)
-        gradient = -4 * (inner * z * u[:, None]).mean(1)
+        z = masks.double() * scale  # (C, S, 64, 2)
+        inner = M - (z * u[..., None, :].square()).sum(-1, keepdim=True)
+        gradient = -4 * (inner * z * u[..., None, :]).mean(-2)
         u = u - 0.02 * min(1.0, 2 * (1 - step / steps)) * gradient
         path.append(u)
-    whole = torch.stack(path)  # (T, S, 2)
-    wanted = (M / (2 + theory.variance(p) * theory.factor)) ** 0.5
+    whole = torch.stack(path)  # (T, C, S, 2)
+    wanted = (M / (2 + theory.variance(p) * theory.factor)).sqrt()[..., None]
     final = whole[-steps // 4 :].abs().mean(0)
     kept = whole[:: max(1, steps // 40)]
     return {
-        "value": (final / wanted - 1).abs().max(-1).values.tolist(),
-        "u1": kept[..., 0].mT.tolist(),
-        "u2": kept[..., 1].mT.tolist(),
+        "value": (final / wanted - 1).abs().max(-1).values.flatten().tolist(),
+        "u1": _curves(kept[..., 0]),
+        "u2": _curves(kept[..., 1]),
     }
 
 
+def _rates(setting: Setting) -> list[float]:
+    """The drop probability of each λ."""
+    return [variance / (1 + variance) for variance in setting["lambda"]]
+
+
+def _each(rates: Sequence[float], seeds: Sequence[int]) -> Tensor:
+    """A rate for each seed: (C, S)."""
+    return torch.tensor(rates, dtype=torch.float64)[:, None].repeat(1, len(seeds))
+
+
 def _plan(setting: Setting) -> Descent:
-    return Descent(setting["steps"], setting["batch"], setting["rate"])
+    return Descent(setting["steps"], setting["batch"], tuple(setting["rate"]))
 
 
-def _steps(steps: Sequence[int], seeds: Sequence[int]) -> list[list[float]]:
-    return [[float(step) for step in steps] for _ in seeds]
+def _steps(trace: Trace, curves: Tensor) -> list[list[float]]:
+    """The recorded steps, for each of the networks of curves (T, C, S)."""
+    return [[float(step) for step in trace.steps]] * curves[0].numel()
 
 
-def _by_seed(curve: torch.Tensor) -> dict[str, list[list[float]]]:
-    return {"curve": curve.mT.tolist()}
+def _curves(curves: Tensor) -> list[list[float]]:
+    """Curves (T, C, S) by setting and seed."""
+    found: list[list[float]] = curves.flatten(1).mT.tolist()
+    return found
 
 
 def _curve(title: str, y: str, floor: float = 0.0) -> Any:
@@ -206,6 +222,7 @@ CLAIMS = (
             high=0.05,
         ),
         broken=("wrong-lambda", "missing-rescale", "penalty-doubled", "swapped-losses"),
+        stacks=("lambda", "start", "rate"),
         figure=_curve("Objective above the closed form", "objective ÷ optimum − 1"),
         chosen=_CHOSEN,
     ),
@@ -227,6 +244,7 @@ CLAIMS = (
             high=1 / 3,
         ),
         broken=("swapped-losses",),
+        stacks=("lambda", "start", "rate"),
         figure=_curve("Variance of importance", "variance of ‖u_i‖‖v_i‖ (no unit)"),
         chosen=_CHOSEN
         + " From a very small start the variance first rises, as the weights grow, before it "
@@ -267,6 +285,7 @@ CLAIMS = (
         criterion=Criterion(
             value="largest relative distance of |u_i| from the optimum", expected=0.0, high=0.1
         ),
+        stacks=("lambda",),
         broken=("wrong-lambda", "penalty-doubled", "missing-rescale", "swapped-losses"),
         chosen="Step size 0.02, 64 masks a step, and starts N(0, ¼) are ours.",
     ),

@@ -1,87 +1,17 @@
 """P4, RQ3: what deep networks predict when dropout stands before their last layer."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from itertools import pairwise
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import torch
 from torch import Tensor, nn
 
 from droplens import data
-from droplens._stacks import lent_stream
 from droplens.linear import prox_k_support
-from droplens.nn import GroupedDropout
 from droplens.papers._claim import Cell, Claim, Criterion, Numbers, Setting, labels
-from droplens.papers._streams import device_of
 from droplens.papers._theory import Theory
-from droplens.randomness import private_generator
+from droplens.papers.p4._networks import train_networks
 from droplens.report import Figure, spectra
-
-
-class Residual(nn.Module):
-    """x + conv(relu(conv(relu(x))))."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.inner = nn.Sequential(
-            nn.ReLU(),
-            nn.Conv2d(channels, channels, 3, padding=1),
-            nn.ReLU(),
-            nn.Conv2d(channels, channels, 3, padding=1),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The block's output."""
-        result: Tensor = x + self.inner(x)
-        return result
-
-
-def mlp(shape: tuple[int, int, int], features: int, width: int) -> nn.Sequential:
-    """Two hidden layers of `width`."""
-    sizes = (shape[0] * shape[1] * shape[2], width, width)
-    hidden = [part for a, b in pairwise(sizes) for part in (nn.Linear(a, b), nn.ReLU())]
-    return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(width, features))
-
-
-def vgg(shape: tuple[int, int, int], features: int, width: int) -> nn.Sequential:
-    """Three convolutions in two stages, each with pooling."""
-    c, h, w = shape
-    return nn.Sequential(
-        nn.Conv2d(c, width, 3, padding=1),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Conv2d(width, 2 * width, 3, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(2 * width, 2 * width, 3, padding=1),
-        nn.ReLU(),
-        nn.MaxPool2d(2),
-        nn.Flatten(),
-        nn.Linear(2 * width * (h // 4) * (w // 4), features),
-    )
-
-
-def resnet(shape: tuple[int, int, int], features: int, width: int) -> nn.Sequential:
-    """Two residual blocks in two stages, without normalisation."""
-    c, h, w = shape
-    return nn.Sequential(
-        nn.Conv2d(c, width, 3, padding=1),
-        Residual(width),
-        nn.Conv2d(width, 2 * width, 3, stride=2, padding=1),
-        Residual(2 * width),
-        nn.ReLU(),
-        nn.AvgPool2d(2),
-        nn.Flatten(),
-        nn.Linear(2 * width * (h // 4) * (w // 4), features),
-    )
-
-
-_BODIES: Final[Mapping[str, Callable[[tuple[int, int, int], int, int], nn.Sequential]]] = {
-    "MLP": mlp,
-    "VGG": vgg,
-    "ResNet": resnet,
-}
-
 
 _FADING: Final = 0.4
 
@@ -104,80 +34,28 @@ def images(setting: Setting) -> tuple[Tensor, Tensor]:
     return inputs, targets
 
 
-def predicted(m: Tensor, setting: Setting, theory: Theory) -> Tensor:
+def predicted(m: Tensor, r: int, keep: float, block: int, theory: Theory) -> Tensor:
     """The singular values that predictions of targets with values m keep: prox, β = λb/r."""
-    believed = theory.factor * theory.variance(1 - setting["keep"])
-    beta = believed * setting["block"] / setting["r"]
-    return torch.as_tensor(prox_k_support(m.numpy(), setting["block"], beta))
-
-
-def train_network(setting: Setting, seed: int, theory: Theory, signed: bool) -> Tensor:
-    """The predictions (n, 10) on the training images after training with squared loss.
-
-    The network: a body, dropout of its r features in blocks of b, a linear layer without bias.
-    """
-    inputs, targets = images(setting)
-    device = device_of(setting)
-    inputs, targets = inputs.to(device), targets.to(device)
-    p, r, b = 1 - setting["keep"], setting["r"], setting["block"]
-    with _seeded_streams(seed, device):
-        body = _BODIES[setting["network"]](_shape(inputs), r, setting["width"])
-        drop = GroupedDropout(0.0 if theory.swapped else p, b)
-        between = () if signed else (nn.ReLU(),)
-        network = nn.Sequential(body, *between, drop, nn.Linear(r, 10, bias=False)).to(device)
-        _fit(network, inputs, targets, setting)
-    network.eval()
-    with torch.no_grad():
-        predictions: Tensor = network(inputs).double().cpu()
-    return predictions
-
-
-@contextmanager
-def _seeded_streams(seed: int, device: str) -> Iterator[None]:
-    """Lend torch's global streams a seed: layers start and drop from them."""
-    with ExitStack() as streams:
-        for kind in {"cpu", torch.device(device).type}:
-            private, _ = private_generator(seed=seed, device=kind)
-            streams.enter_context(lent_stream(private))
-        yield
-
-
-def _shape(inputs: Tensor) -> tuple[int, int, int]:
-    _, c, h, w = inputs.shape
-    return c, h, w
-
-
-def _fit(network: nn.Module, inputs: Tensor, targets: Tensor, setting: Setting) -> None:
-    """Adam; its step size falls linearly to zero over the second half."""
-    rate, steps, size = setting["rate"], setting["steps"], setting["batch"]
-    optimizer = torch.optim.Adam(network.parameters(), lr=rate, fused=True)
-    n = len(inputs)
-    for step in range(steps):
-        optimizer.param_groups[0]["lr"] = rate * min(1.0, 2 * (1 - step / steps))
-        rows = torch.randperm(n)[:size].to(inputs.device)
-        loss = (network(inputs[rows]) - targets[rows]).square().sum(1).mean()
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
+    beta = theory.factor * theory.variance(1 - keep) * block / r
+    return torch.as_tensor(prox_k_support(m.numpy(), block, beta))
 
 
 def _measure(signed: bool) -> Callable[[Setting, Sequence[int], Theory], Numbers]:
     def measure(setting: Setting, seeds: Sequence[int], theory: Theory) -> Numbers:
         """‖σ(predictions) − prox(σ(targets); k = b, β = λb/r)‖ ÷ ‖prox(…)‖."""
-        _, targets = images(setting)
+        inputs, targets = images(setting)
         m = torch.linalg.svdvals(targets.double())
-        told = predicted(m, setting, theory)
-        values, found = [], []
-        for seed in seeds:
-            predictions = train_network(setting, seed, theory, signed or theory.repaired)
-            sizes = torch.linalg.svdvals(predictions)
-            values.append(float((sizes - told).norm() / told.norm()))
-            found.append(sizes.tolist())
+        kinds = zip(setting["keep"], setting["block"], strict=True)
+        each = [predicted(m, setting["r"], *kind, theory) for kind in kinds]
+        told = torch.stack([one for one in each for _ in seeds])  # (CS, 10)
+        kept = signed or theory.repaired
+        predictions = train_networks((inputs, targets), setting, seeds, theory, kept)
+        found = torch.linalg.svdvals(predictions)
         return {
-            "value": values,
-            "found": found,
-            "predicted": [told.tolist()] * len(seeds),
-            "targets": [m.tolist()] * len(seeds),
+            "value": ((found - told).norm(dim=1) / told.norm(dim=1)).tolist(),
+            "found": found.tolist(),
+            "predicted": told.tolist(),
+            "targets": [m.tolist()] * len(told),
         }
 
     return measure
@@ -253,7 +131,8 @@ CLAIMS = (
         figure=_draw,
         chosen=_CHOSEN + " The features enter the last layer with either sign (no ReLU between).",
         data="cifar10",
-        batch=1,
+        batch=2,
+        stacks=("block", "keep"),
     ),
     Claim(
         id="P4.deep-relu",
@@ -281,6 +160,7 @@ CLAIMS = (
         figure=_draw,
         chosen=_CHOSEN + " The repaired twin takes the ReLU away.",
         data="cifar10",
-        batch=1,
+        batch=2,
+        stacks=("block", "keep"),
     ),
 )

@@ -30,9 +30,9 @@ def measure_tracking(setting: Setting, seeds: Sequence[int], theory: Theory) -> 
     n, d, rank = setting["n"], setting["d"], setting["rank"]
     U0, V0, extra = normal(seeds, (n, rank), (n, rank), (n, n), deviation=0.3)
     factors = normal([seed + 1000 for seed in seeds], (n, d), (n, d), deviation=0.2)
-    weights = setting["drops"] == "weights"
-    noise = Coins(1 - setting["keep"], setting["block"], weights, theory)
-    plan = Steps(setting["steps"], 0.01 * setting["keep"], setting["steps"] // 5)
+    weights, keeps = setting["drops"] == "weights", setting["keep"]
+    noise = Coins(tuple(1 - keep for keep in keeps), setting["block"], weights, theory)
+    plan = Steps(setting["steps"], tuple(0.01 * keep for keep in keeps), setting["steps"] // 5)
     return follow(
         U0 @ V0.mT + 0.1 * extra,
         (factors[0], factors[1]),
@@ -146,6 +146,7 @@ CLAIMS = (
         figure=draw_tracking,
         chosen=_CHOSEN,
         batch=5,
+        stacks=("keep",),
     ),
     Claim(
         id="P4.dropconnect",
@@ -164,6 +165,7 @@ CLAIMS = (
         figure=draw_tracking,
         chosen=_CHOSEN,
         batch=5,
+        stacks=("keep",),
     ),
     Claim(
         id="P4.general",

@@ -31,24 +31,31 @@ def _data(setting: Setting) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.as_tensor(X), torch.as_tensor(X @ M.T)
 
 
-def _p(setting: Setting) -> float:
-    """The drop probability: θ(d) = bθ̄/(d − (d − b)θ̄) where the rate adapts."""
-    b, d, keep = setting["block"], setting["r"], setting["keep"]
-    if setting.get("adaptive", False):
-        keep = b * keep / (d - (d - b) * keep)
-    return float(1 - keep)
+def _rates(setting: Setting) -> list[float]:
+    """The drop probability of each setting: θ(d) = bθ̄/(d − (d − b)θ̄) where the rate adapts."""
+    b, d = setting["block"], setting["r"]
+    kept = zip(setting["keep"], setting["adaptive"], strict=True)
+    return [1 - (b * keep / (d - (d - b) * keep) if adapts else keep) for keep, adapts in kept]
+
+
+def _start(setting: Setting, seeds: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """U and V (CS, …), the same at each of the C settings."""
+    d, count = setting["d_in"], len(setting["keep"])
+    generator = seeded(seeds)
+    factors = initial_factors(len(seeds), d, d, setting["r"], scale=0.3, generator=generator)
+    U, V = (factor.repeat(count, 1, 1) for factor in factors)
+    return U, V
 
 
 def measure_convergence(setting: Setting, seeds: Sequence[int], theory: Theory) -> Numbers:
     """The exact objective at the end of stochastic training, over the computed minimum, less 1."""
     X, Y = _data(setting)
-    p = _p(setting)
-    S, b, r = len(seeds), setting["block"], setting["r"]
-    U, V = initial_factors(S, X.shape[1], Y.shape[1], r, scale=0.3, generator=seeded(seeds))
+    U, V = _start(setting, seeds)
+    b, r, rates = setting["block"], setting["r"], _rates(setting)
     steps, objective = 0, []
     ticks: list[float] = []
-    trained = Dropout((0.0 if theory.swapped else p,) * S, b)
-    told = Dropout((p,) * S, b)
+    told = Dropout(_each(rates, seeds), b, len(rates))
+    trained = Dropout(_each([0.0] * len(rates), seeds), b, len(rates)) if theory.swapped else told
     # Three stages, each at a third of the step size of the one before.
     for stage in range(3):
         plan = Plan(setting["epochs"], setting["batch"], setting["rate"] / 3**stage, "sgd")
@@ -61,11 +68,12 @@ def measure_convergence(setting: Setting, seeds: Sequence[int], theory: Theory) 
             objective.append(run.objective)
             ticks += [float(steps + step) for step in run.steps]
         steps += int(run.steps[-1])
-    best = solve(X, Y, theory.predicted(p), r, b).value
-    curve = torch.cat(objective) / best - 1  # (T, S)
+    best = [solve(X, Y, theory.predicted(p), r, b).value for p in rates]
+    minimum = torch.tensor(_each(best, seeds), dtype=torch.float64)
+    curve = torch.cat(objective) / minimum - 1  # (T, CS)
     return {
         "value": curve[-1].tolist(),
-        "step": [ticks] * S,
+        "step": [ticks] * len(U),
         "curve": curve.mT.tolist(),
     }
 
@@ -73,18 +81,20 @@ def measure_convergence(setting: Setting, seeds: Sequence[int], theory: Theory) 
 def _along(
     setting: Setting, seeds: Sequence[int], schemes: Sequence[Scheme]
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """The exact objectives (T, S) of training by each scheme from the same start; the steps."""
-    X, Y = _data(setting)
-    start = initial_factors(
-        len(seeds), X.shape[1], Y.shape[1], setting["r"], scale=0.3, generator=seeded(seeds)
-    )
+    """The exact objectives (T, CS) of training by each scheme from the same start; the steps."""
+    start, data = _start(setting, seeds), _data(setting)
     plan = Plan(setting["epochs"], None, setting["rate"], "sgd")
-    runs = [train_linear(start, (X, Y), scheme, plan, seed=seeds[0]) for scheme in schemes]
+    runs = [train_linear(start, data, scheme, plan, seed=seeds[0]) for scheme in schemes]
     return [run.objective for run in runs], runs[0].steps.double()
 
 
+def _each(values: Sequence[float], seeds: Sequence[int]) -> tuple[float, ...]:
+    """A setting's value for each of its seeds."""
+    return tuple(value for value in values for _ in seeds)
+
+
 def _apart(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """Largest relative difference along the training, (S,)."""
+    """Largest relative difference along the training, (CS,)."""
     return ((first - second).abs() / second).max(0).values
 
 
@@ -95,15 +105,15 @@ def measure_partition(setting: Setting, seeds: Sequence[int], theory: Theory) ->
     same mean rate. The repaired twin holds the exact loss of the overlapping blocks, with the C̄ of
     theory §1, against training under their masks.
     """
-    rates = (_p(setting),) * len(seeds)
-    overlap = DropBlock(rates, setting["block"])
+    rates, sharing = _each(_rates(setting), seeds), len(setting["keep"])
+    overlap = DropBlock(rates, setting["block"], sharing)
     parts = Deterministic(Dropout(rates, setting["block"]))
     exact = Deterministic(overlap)
     pair = (exact, overlap) if theory.repaired else (parts, exact)
     (first, second), steps = _along(setting, seeds, pair)
     return {
         "value": _apart(first, second).tolist(),
-        "step": [steps.tolist()] * len(seeds),
+        "step": [steps.tolist()] * len(rates),
         "partition": first.mT.tolist(),
         "overlapping": second.mT.tolist(),
     }
@@ -114,8 +124,8 @@ def measure_gain(setting: Setting, seeds: Sequence[int], theory: Theory) -> Numb
 
     The repaired twin holds overlapping blocks under their masks in the partition's place.
     """
-    rates = (_p(setting),) * len(seeds)
-    overlap = DropBlock(rates, setting["block"])
+    rates, sharing = _each(_rates(setting), seeds), len(setting["keep"])
+    overlap = DropBlock(rates, setting["block"], sharing)
     parts = overlap if theory.repaired else Deterministic(Dropout(rates, setting["block"]))
     schemes = (parts, Deterministic(Dropout(rates)), Deterministic(overlap))
     (first, plain, exact), _ = _along(setting, seeds, schemes)
@@ -204,6 +214,7 @@ CLAIMS = (
             high=0.05,
         ),
         broken=("wrong-lambda", "penalty-doubled", "swapped-losses"),
+        stacks=("keep", "adaptive"),
         figure=_draw_convergence,
         chosen=_CHOSEN,
     ),
@@ -230,6 +241,7 @@ CLAIMS = (
         "units at the ends of the line are covered by fewer starts, and neighbours across the "
         "partition's borders fall together under DropBlock. The exact covariance of theory §1 "
         "costs no more to compute.",
+        stacks=("keep", "adaptive"),
         figure=_draw_partition,
         chosen=_CHOSEN + " What counts as close, 15%, is ours. The repaired twin holds the exact "
         "loss of overlapping blocks against training under their masks.",
@@ -256,6 +268,7 @@ CLAIMS = (
         reason="Original DropBlock drops the units at the ends of the line less often, and the "
         "network moves its weight there: neither law of equal units does. That counts for more "
         "than which units fall together.",
+        stacks=("keep", "adaptive"),
         chosen=_CHOSEN + " The repaired twin holds training under the overlapping masks themselves "
         "in the partition's place.",
     ),

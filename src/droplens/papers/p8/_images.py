@@ -30,13 +30,17 @@ def measure_reconstruction(setting: Setting, seeds: Sequence[int], theory: Theor
     `error` is that between the noisy training's reconstruction and the images.
     """
     M = images(setting)
-    p = 1 - setting["keep"]
+    rates = tuple(1 - keep for keep in setting["keep"])
     sizes = (M.shape[0], setting["d"]), (M.shape[1], setting["d"])
-    starts = [factor.float() for factor in normal(seeds, *sizes, deviation=0.1)]
-    noisy = _train(M, starts, Coins(p, theory=theory), setting, seeded(seeds))
-    believed = Coins(p, theory=theory).covariance(setting["d"])
+    starts = [
+        factor.float().repeat(len(rates), 1, 1, 1)
+        for factor in normal(seeds, *sizes, deviation=0.1)
+    ]
+    coins = Coins(rates, theory=theory)
+    noisy = _train(M, starts, coins, setting, seeded(seeds))
+    believed = coins.covariance(setting["d"])
     quiet = _train(M, starts, 0 * believed if theory.swapped else believed, setting, seeded(seeds))
-    first, second = (U @ V.mT for U, V in (noisy, quiet))
+    first, second = ((U @ V.mT).flatten(0, 1) for U, V in (noisy, quiet))  # (CS, m, n)
     return {
         "value": (first - second).square().mean((1, 2)).tolist(),
         "error": (first - M).square().mean((1, 2)).tolist(),
@@ -59,10 +63,9 @@ def _train(
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = rate * min(1.0, 1.25 * (1 - step / steps))
         if isinstance(noise, Noise):
-            Z = noise.draw(V.detach().cpu(), generator).to(device)
-            loss = (M - U @ (V * Z).mT).square().sum()
+            loss = (M - U @ (V * noise.draw(V, generator)).mT).square().sum()
         else:
-            loss = ((M - U @ V.mT).square().sum((1, 2)) + penalty(U, V, noise.to(device))).sum()
+            loss = ((M - U @ V.mT).square().sum((-2, -1)) + penalty(U, V, noise.to(device))).sum()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -118,6 +121,7 @@ CLAIMS = (
         chosen="Digits, or MNIST where a folder with its files is named. The paper alternates "
         "gradient steps on U and V; ours is Adam on both, with a step size that falls to zero.",
         data="mnist",
-        batch=5,
+        batch=2,
+        stacks=("keep",),
     ),
 )

@@ -18,15 +18,16 @@ def measure_tracking(setting: Setting, seeds: Sequence[int], theory: Theory) -> 
     One mask a step for the whole matrix, steps that fall as 1/t. Dropping is rarer in the paper's
     terms: θ is the chance to keep.
     """
-    n, d, p = setting["n"], setting["d"], 1 - setting["keep"]
+    n, d, keeps = setting["n"], setting["d"], setting["keep"]
     U0, V0 = normal(seeds, (n, d), (n, d), deviation=0.1)
     factors = normal([seed + 1000 for seed in seeds], (n, d), (n, d), deviation=0.1)
     # The noise of the loss grows as 1/θ², and the largest stable step falls with it.
-    plan = Steps(setting["steps"], setting["rate"] * setting["keep"], setting["steps"] // 5)
+    rates = tuple(setting["rate"] * keep for keep in keeps)
+    plan = Steps(setting["steps"], rates, setting["steps"] // 5)
     return follow(
         U0 @ V0.mT,
         (factors[0], factors[1]),
-        Coins(p, theory=theory),
+        Coins(tuple(1 - keep for keep in keeps), theory=theory),
         plan,
         setting["masks"],
         seeds,
@@ -102,6 +103,7 @@ CLAIMS = (
         chosen="The step size, 0.02·θ held for a fifth of the steps and then falling as 1/t, is "
         "ours; so is the start, N(0, 0.1²).",
         batch=4,
+        stacks=("keep",),
     ),
     Claim(
         id="P8.duplication",
