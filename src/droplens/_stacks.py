@@ -25,6 +25,10 @@ class Stack(ABC):
         """Each network's objective, shape (S,), on its own `rows` (S, B), or on all examples."""
 
     @abstractmethod
+    def outputs(self, x: Tensor) -> Tensor:
+        """Each network's outputs (S, B, …) on its own inputs (S, B, …)."""
+
+    @abstractmethod
     def unstack(self, networks: Sequence[nn.Module]) -> tuple[nn.Module, ...]:
         """Copies of `networks` that carry the stack's parameters and buffers."""
 
@@ -143,9 +147,12 @@ class PlainStack(Stack):
             y = targets.expand(n_networks, *targets.shape)
         else:
             x, y = inputs[rows], targets[rows]
+        return self._losses(self.outputs(x), y)
+
+    def outputs(self, x: Tensor) -> Tensor:
         for layer in self._layers:
             x = layer(x)
-        return self._losses(x, y)
+        return x
 
     def unstack(self, networks: Sequence[nn.Module]) -> tuple[nn.Module, ...]:
         own = {name: w.mT if w.dim() == 3 else w for name, w in self._weights.items()}
@@ -286,6 +293,15 @@ class MappedStack(Stack):
         mapped = vmap(self._one, in_dims=(0, 0, axis, axis), randomness="different")
         with lent_stream(self._stream):
             values: Tensor = mapped(self._state, self._buffers, x, y)
+        return values
+
+    def outputs(self, x: Tensor) -> Tensor:
+        def one(state: dict[str, Tensor], buffers: dict[str, Tensor], x: Tensor) -> Tensor:
+            result: Tensor = functional_call(self._wrapped.model, {**state, **buffers}, (x,))
+            return result
+
+        with lent_stream(self._stream):
+            values: Tensor = vmap(one, randomness="different")(self._state, self._buffers, x)
         return values
 
     def _one(

@@ -121,7 +121,7 @@ CLAIMS = (
         chosen="Digits, or MNIST where a folder with its files is named. The paper alternates "
         "gradient steps on U and V; ours is Adam on both, with a step size that falls to zero.",
         data="mnist",
-        batch=2,
+        batch=5,
         stacks=("keep",),
     ),
 )
