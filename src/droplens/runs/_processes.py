@@ -42,8 +42,9 @@ class Processes(Executor):
             min(self._jobs, max(1, len(groups))), context, initializer=_prepare
         )
         try:
+            # Those of few runs last, so that no process ends alone with a large group.
             running: dict[Future[Sequence[Numbers]], Group] = {
-                pool.submit(work, group): group for group in groups
+                pool.submit(work, group): group for group in sorted(groups, key=_runs, reverse=True)
             }
             for future in as_completed(running):
                 yield running.pop(future), future.result()
@@ -53,6 +54,10 @@ class Processes(Executor):
             ) from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _runs(group: Group) -> int:
+    return sum(len(batch.seeds) for batch in group)
 
 
 def _prepare() -> None:
