@@ -2,12 +2,14 @@
 
 import gzip
 import json
+from dataclasses import replace
 
 import pytest
 from typer.testing import CliRunner
 
-from droplens import runs
+from droplens import papers, runs
 from droplens.cli._app import app
+from droplens.papers import _registry
 from droplens.runs import _store
 
 ONE = ("P1.lower-bound", "--scale", "test", "--jobs", "1")
@@ -142,3 +144,45 @@ def test_a_page_without_space_leaves_the_old_one(tmp_path, monkeypatch):
     refused((*ONE, "-o", page), "page.html': No space left on device")
     assert page.read_text() == "before"
     assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
+
+
+def write_images(folder):
+    """MNIST as gzipped IDX and CIFAR-10 in its binary version, twenty images a file."""
+    pixels = bytes((7 * k) % 251 for k in range(20 * 3072))
+    for part in ("train", "t10k"):
+        for name, shape in (("images-idx3", (20, 28, 28)), ("labels-idx1", (20,))):
+            sizes = b"".join(n.to_bytes(4, "big") for n in shape)
+            body = pixels[: 20 * 784] if len(shape) == 3 else bytes(k % 10 for k in range(20))
+            raw = bytes([0, 0, 8, len(shape)]) + sizes + body
+            (folder / f"{part}-{name}-ubyte.gz").write_bytes(gzip.compress(raw))
+    binary = folder / "cifar-10-batches-bin"
+    binary.mkdir()
+    rows = [bytes([k % 10]) + pixels[3072 * k : 3072 * (k + 1)] for k in range(20)]
+    for name in (*(f"data_batch_{k}" for k in range(1, 6)), "test_batch"):
+        (binary / f"{name}.bin").write_bytes(b"".join(rows))
+
+
+def test_the_papers_scale_takes_the_files_of_a_folder(tmp_path, monkeypatch):
+    """The command at the papers' sizes but for the number of steps, on MNIST and CIFAR-10."""
+    write_images(tmp_path)
+    names = ("P4.deep", "P4.deep-relu", "P8.images")
+
+    def short(claim):
+        cells = [{**cell, "steps": 2} for cell in claim.settings["paper"]]
+        return replace(claim, settings={**claim.settings, "paper": cells})
+
+    claims = tuple(short(papers.find(name)) for name in names)
+    monkeypatch.setattr(_registry, "claims", lambda: claims)
+    page = tmp_path / "page.html"
+    words = ("--scale", "paper", "--data", tmp_path, "--seeds", "2", "--jobs", "1")
+    done = invoke(*names, *words, "-o", page, "--resume", tmp_path / "runs", "--json")
+    assert done.exit_code == 1, done.stderr  # two steps reach nothing
+    told = json.loads(done.stdout)
+    assert told["not_measured"] == []
+    for entry, claim in zip(told["claims"], claims, strict=True):
+        data = [one["setting"].get("data") for one in entry["settings"]]
+        count = len(claim.settings["paper"])
+        assert data == [None] * count + [claim.data] * count
+        assert all(one["n"] == 2 and one["measured"] is not None for one in entry["settings"])
+    with runs.Store(tmp_path / "runs") as store:
+        assert store.count() == 2 * sum(2 * len(claim.settings["paper"]) for claim in claims)

@@ -142,6 +142,19 @@ class TestTraining:
             else:
                 assert bool((ended.excess[-1] < 0.4 * ended.excess[0]).all())
 
+    @pytest.mark.parametrize("name", [name for name in SCHEMES if "wider" not in name])
+    def test_sets_that_share_their_draws_train_as_each_does_alone(self, name):
+        U, V, X, Y = problem(n=12)
+        plan = Plan(epochs=4, batch_size=5, learning_rate=0.02)
+        scheme = replace(SCHEMES[name][0], rates=(0.2, 0.2, 0.6, 0.6), sharing=2)
+        both = train_linear((U.repeat(2, 1, 1), V.repeat(2, 1, 1)), (X, Y), scheme, plan, seed=5)
+        for k, p in enumerate((0.2, 0.6)):
+            one = replace(scheme, rates=(p, p), sharing=1)
+            alone = train_linear((U, V), (X, Y), one, plan, seed=5)
+            torch.testing.assert_close(both.objective[:, 2 * k : 2 * k + 2], alone.objective)
+            torch.testing.assert_close(both.outgoing[2 * k : 2 * k + 2], alone.outgoing)
+        assert not torch.allclose(both.outgoing[:2], both.outgoing[2:])
+
     def test_repeats_by_seed_and_leaves_everything_alone(self):
         U, V, X, Y = problem()
         before, state = U.clone(), torch.random.get_rng_state()
@@ -184,6 +197,10 @@ class TestBadInput:
                 scheme((float("nan"),))
         with pytest.raises(ValueError, match="rates has to hold one rate a network"):
             Dropout(())
+        with pytest.raises(ValueError, match="sharing has to divide the 3 networks into sets"):
+            Dropout((0.1, 0.2, 0.3), sharing=2)
+        with pytest.raises(ValueError, match="sharing has to be at least 1"):
+            DropConnect((0.1,), sharing=0)
         with pytest.raises(ValueError, match="weight has to be 'outgoing' or 'incoming'"):
             DropConnect((0.5,), "both")
         with pytest.raises(ValueError, match="block_size has to be at least 1"):

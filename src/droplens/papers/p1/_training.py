@@ -31,7 +31,8 @@ def measure_closed_form(setting: Setting, seeds: Sequence[int], theory: Theory) 
     factors = starts(seeds, M, r, setting["start"])
     p = _each(rates, seeds)
     trace = descend(M, factors, p, _plan(setting), theory, seeded(seeds), device_of(setting))
-    best = torch.tensor([least(M, r, theory.predicted(rate)) for rate in rates])
+    least_values = [least(M, r, theory.predicted(rate)) for rate in rates]
+    best = torch.tensor(least_values, dtype=torch.float64)
     relative = trace.objective / best[:, None] - 1
     return {
         "value": relative[-1].flatten().tolist(),
