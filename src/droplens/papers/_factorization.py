@@ -91,14 +91,14 @@ def plain_loss(M: Tensor, U: Tensor, V: Tensor) -> Tensor:
 
 def penalty(U: Tensor, V: Tensor, covariance: Tensor) -> Tensor:
     """⟨C̄, UᵀU ∘ VᵀV⟩, one for each network."""
-    return (covariance.to(U.dtype) * (U.mT @ U) * (V.mT @ V)).sum((-2, -1))
+    return (covariance.to(U) * (U.mT @ U) * (V.mT @ V)).sum((-2, -1))
 
 
 def sampled_loss(
     M: Tensor, U: Tensor, V: Tensor, noise: Noise, draws: int, generator: torch.Generator
 ) -> Tensor:
     """The loss under noise, averaged over `draws` of it, one for each network."""
-    total = torch.zeros(U.shape[:-2], dtype=U.dtype)
+    total = torch.zeros(U.shape[:-2], dtype=U.dtype, device=U.device)
     for _ in range(draws):
         total += plain_loss(M, U, V * noise.draw(V, generator))
     return total / draws
@@ -136,7 +136,7 @@ def factorise(
     generator: torch.Generator,
 ) -> Path:
     """Gradient descent under noise from `factors` (S, …), the same at every setting."""
-    rates = torch.tensor(plan.rates, dtype=factors[0].dtype)[:, None, None, None]
+    rates = torch.tensor(plan.rates, dtype=torch.float64).to(M)[:, None, None, None]
     U, V = (factor.expand(len(rates), *factor.shape) for factor in factors)
     every = max(1, plan.count // plan.records)
     kept: list[tuple[int, Tensor, Tensor]] = []
@@ -175,7 +175,8 @@ def follow(
     plan: Steps,
     draws: int,
     seeds: Sequence[int],
-    swapped: bool = False,
+    swapped: bool,
+    device: str,
 ) -> Numbers:
     """Train under noise; at each recorded step hold the sampled against the predicted objective.
 
@@ -183,7 +184,8 @@ def follow(
         by setting and seed: `value`, sampled excess over predicted penalty, both summed over the
         steps; the curves `step`, `sampled` and `predicted`, the two objectives.
     """
-    path = factorise(M, factors, noise, plan, seeded(seeds))
+    M, U, V = (tensor.to(device) for tensor in (M, *factors))
+    path = factorise(M, (U, V), noise, plan, seeded(seeds))
     masks_seen = seeded(seeds, salt=1)
     sampled, predicted, bare = [], [], []
     for U, V in zip(path.outgoing, path.incoming, strict=True):

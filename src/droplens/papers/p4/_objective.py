@@ -17,7 +17,7 @@ from droplens.papers._factorization import (
     penalty,
     plain_loss,
 )
-from droplens.papers._streams import seeded
+from droplens.papers._streams import device_of, seeded
 from droplens.papers._theory import Theory
 from droplens.papers.p8._objective import draw_tracking
 
@@ -41,6 +41,7 @@ def measure_tracking(setting: Setting, seeds: Sequence[int], theory: Theory) -> 
         setting["masks"],
         seeds,
         theory.swapped,
+        device_of(setting),
     )
 
 
@@ -104,9 +105,9 @@ def _shared_coin(r: int, keep: float = 0.8, together: float = 0.7) -> masks.Cust
 
 
 def _settings(
-    n: int, d: int, steps: int, draws: int, cells: Sequence[tuple[int, float]]
+    n: int, d: int, steps: int, draws: int, cells: Sequence[tuple[int, float]], **more: object
 ) -> list[Setting]:
-    base = {"n": n, "d": d, "rank": 5, "steps": steps, "masks": draws}
+    base = {"n": n, "d": d, "rank": 5, "steps": steps, "masks": draws, **more}
     return [{**base, "block": block, "keep": keep} for block, keep in cells]
 
 
@@ -137,7 +138,7 @@ CLAIMS = (
         settings={
             "test": _blocks(_settings(16, 24, 200, 60, ((4, 0.8), (2, 0.6)))),
             "laptop": _blocks(_settings(60, 80, 500, 200, _CELLS)),
-            "paper": _blocks(_settings(100, 160, 5000, 200, _CELLS)),
+            "paper": _blocks(_settings(100, 160, 5000, 200, _CELLS, device="auto")),
         },
         seeds={"test": 10, "laptop": 10, "paper": 20},
         measure=measure_tracking,
@@ -156,7 +157,9 @@ CLAIMS = (
         settings={
             "test": _weights(_settings(16, 24, 200, 60, ((1, 0.5), (1, 0.8)))),
             "laptop": _weights(_settings(60, 80, 500, 40, ((1, 0.3), (1, 0.5), (1, 0.8)))),
-            "paper": _weights(_settings(100, 160, 5000, 200, ((1, 0.3), (1, 0.5), (1, 0.8)))),
+            "paper": _weights(
+                _settings(100, 160, 5000, 200, ((1, 0.3), (1, 0.5), (1, 0.8)), device="auto")
+            ),
         },
         seeds={"test": 10, "laptop": 10, "paper": 20},
         measure=measure_tracking,

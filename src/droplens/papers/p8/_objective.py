@@ -8,6 +8,7 @@ import torch
 
 from droplens.papers._claim import Cell, Claim, Criterion, Numbers, Setting
 from droplens.papers._factorization import Coins, Steps, follow, normal
+from droplens.papers._streams import device_of
 from droplens.papers._theory import Theory
 from droplens.report import Curve, Figure, lines
 
@@ -32,6 +33,7 @@ def measure_tracking(setting: Setting, seeds: Sequence[int], theory: Theory) -> 
         setting["masks"],
         seeds,
         theory.swapped,
+        device_of(setting),
     )
 
 
@@ -72,8 +74,10 @@ def draw_tracking(cells: Sequence[Cell]) -> Figure:
     )
 
 
-def _settings(n: int, d: int, steps: int, masks: int, keeps: Sequence[float]) -> list[Setting]:
-    base = {"n": n, "d": d, "steps": steps, "masks": masks}
+def _settings(
+    n: int, d: int, steps: int, masks: int, keeps: Sequence[float], **more: object
+) -> list[Setting]:
+    base = {"n": n, "d": d, "steps": steps, "masks": masks, **more}
     return [{**base, "keep": keep, "rate": 0.02} for keep in keeps]
 
 
@@ -88,7 +92,7 @@ CLAIMS = (
         settings={
             "test": _settings(20, 32, 200, 60, (0.3, 0.7)),
             "laptop": _settings(100, 160, 400, 60, _KEEPS),
-            "paper": _settings(100, 160, 10000, 200, _KEEPS),
+            "paper": _settings(100, 160, 10000, 200, _KEEPS, device="auto"),
         },
         seeds={"test": 10, "laptop": 8, "paper": 20},
         measure=measure_tracking,
