@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from droplens.batches import Batches, as_batches, checked_passes
+from droplens.inspection._between import Member
 from droplens.inspection._cost import Cost, pooled_cost
-from droplens.inspection._extras import checked_names, offers
+from droplens.inspection._extras import alone, checked_names, measured_together, offers
 from droplens.inspection._flatness import Scaled, outputs_of, scale_to_loss, scaled_loss
 from droplens.inspection._inspect import Inspection, Progress, accuracy_of, inspect
-from droplens.inspection._measures import OFFERED, RADII
+from droplens.inspection._measures import RADII
 from droplens.inspection._rendered import Rendered
 from droplens.inspection._verdicts import Sets, cost_verdicts, sets_verdict
 from droplens.measure import Flatness, Sharpness
@@ -66,6 +67,7 @@ class Comparison(Rendered):
             for a set of one).
         equal_loss: flatness at equal loss; None where no common loss exists.
         held_out: loss and accuracy on held-out data, where such data were given.
+        extras: measures between networks that were asked for by name.
         verdicts: plain sentences with their rules.
         not_measured: what is missing, and why.
         unit: of the loss.
@@ -77,6 +79,7 @@ class Comparison(Rendered):
     costs: Mapping[str, Cost]
     equal_loss: EqualLoss | None
     held_out: HeldOut | None
+    extras: Mapping[str, Any]
     verdicts: tuple[Verdict, ...]
     not_measured: Mapping[str, str]
     unit: str
@@ -117,7 +120,7 @@ def compare(  # noqa: PLR0913  # the last seven are keywords with defaults
             between a logged training loss and the loss there into its causes.
         draws: masks to draw for the cost of every network.
         directions: random directions for the flatness; the same for every network.
-        measures: names of measures to make on request, as for `inspect`.
+        measures: names of measures to make on request, as for `inspect`; "interpolation" too.
         generator: where randomness comes from; a private one seeded by the system if not given.
         seed: in place of a generator.
         on_progress: called with the share done and what is being done.
@@ -143,19 +146,21 @@ def compare(  # noqa: PLR0913  # the last seven are keywords with defaults
         held_out=held_out,
         draws=draws,
         directions=directions,
-        measures=asked,
+        measures=alone(asked),
         seed=used_seed,
     )
     inspected = _each(sets, look, tell)
     tell(0.8, "Comparing at equal loss")
     first = next(iter(inspected.values()))[0]
-    not_measured = _not_measured(inspected, OFFERED | offers(asked))
+    not_measured = _not_measured(inspected, offers(asked))
     outputs = {n: [outputs_of(m, batches) for m in networks] for n, networks in sets.items()}
     equal_loss = _at_equal_loss(sets, outputs, batches, loss, directions, used_seed)
     if equal_loss is None:
         not_measured["flatness at equal loss"] = (
             "no scale of the outputs brings every network to the loss of the worst"
         )
+    tell(0.9, "Looking between the networks")
+    extras = measured_together(asked, _members(sets, inspected), batches, loss, not_measured)
     tell(0.95, "Looking at held-out data")
     costs = {
         name: pooled_cost([i.cost for i in found if i.cost is not None])
@@ -176,12 +181,22 @@ def compare(  # noqa: PLR0913  # the last seven are keywords with defaults
         costs,
         equal_loss,
         apart,
+        extras,
         tuple(verdicts),
         not_measured,
         first.unit,
         first.mode,
         used_seed,
     )
+
+
+def _members(
+    sets: Mapping[str, Sequence[nn.Module]], inspected: Mapping[str, Sequence[Inspection]]
+) -> dict[str, list[Member]]:
+    return {
+        name: [Member(m, i.base) for m, i in zip(networks, inspected[name], strict=True)]
+        for name, networks in sets.items()
+    }
 
 
 def _checked_sets(

@@ -14,7 +14,7 @@ from droplens.inspection._cost import Cost, cost_of
 from droplens.inspection._extra import Subject
 from droplens.inspection._extras import checked_names, measured_on_request, offers
 from droplens.inspection._flatness import outputs_of, scaled_loss
-from droplens.inspection._measures import OFFERED, measures_of
+from droplens.inspection._measures import measures_of
 from droplens.inspection._rendered import Rendered
 from droplens.inspection._sizes import Sizes, sizes_of, targets_of
 from droplens.inspection._training import gap_verdicts
@@ -206,7 +206,7 @@ def inspect(  # noqa: PLR0913  # the last seven are keywords with defaults
         left.sharpness,
         extras,
         tuple(verdicts),
-        not_measured | OFFERED | offers(asked),
+        not_measured | offers(asked),
         sum(len(f) for f, _ in outputs),
         type(loss).__name__,
         unit,

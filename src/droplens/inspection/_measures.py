@@ -38,12 +38,6 @@ _PROBES = 16
 _LABELS = 10
 _SHOWN = 4
 
-OFFERED: Final = {
-    "interpolation": "not asked for; droplens.measure.interpolation(a, b, data, loss) gives the "
-    "loss on the line between two networks",
-}
-"""What would take longer than a reader waits, by the name that asks for it."""
-
 
 @dataclass(frozen=True)
 class Measures:

@@ -7,6 +7,7 @@ from droplens.estimates import Estimate, mean_estimate
 from droplens.inspection import Comparison, Cost, HeldOut, Inspection, SiteCost
 from droplens.inspection._cost import PROBES
 from droplens.measure import Equalization
+from droplens.report._between import between_sections
 from droplens.report._document import Column, Document, Figure, NotMeasured, Section, Table
 from droplens.report._extras import extra_sections
 from droplens.report._figures import bars, dots, spectra, split
@@ -67,6 +68,7 @@ def comparison_document(comparison: Comparison, title: str) -> Document:
     if any(i.equalization for found in sets.values() for i in found):
         sections.append(_equalisation_section(sets))
     sections += flatness_section(sets, comparison.equal_loss, unit)
+    sections += between_sections(comparison.extras, unit)
     sections += weights_sections(sets, unit)
     sections += extra_sections(sets, unit)
     sections.append(_sites_section(first))
@@ -85,6 +87,7 @@ def comparison_document(comparison: Comparison, title: str) -> Document:
             "costs": {n: numbers_of(cost) for n, cost in comparison.costs.items()},
             "equal_loss": numbers_of(comparison.equal_loss),
             "held_out": numbers_of(comparison.held_out),
+            "extras": {name: numbers_of(found) for name, found in comparison.extras.items()},
         },
     )
 
