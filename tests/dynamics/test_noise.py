@@ -7,7 +7,10 @@ import torch
 from torch import nn
 
 import droplens as dl
+from droplens.batches import Batch
 from droplens.dynamics import noise_alignment
+from droplens.dynamics._masked import MaskedLoss, MaskedLosses
+from droplens.gates import masks_off
 from tests.reference_dynamics import covariance, dense_hessian, gradients, network, randn
 
 x, labels = randn(2, 2), torch.tensor([0, 1])
@@ -155,3 +158,20 @@ def test_the_alignments_interval_covers_the_truth_at_its_level():
             held[name] += low <= true <= high
     assert 930 <= held["value"] <= 970, held
     assert held["null"] >= 930, held
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_gradients_of_batches_add_up_to_that_of_all(reduction):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Dropout(0.5), nn.Linear(3, 3)).double()
+    x, y = torch.randn(11, 4, dtype=torch.float64), torch.randint(3, (11,))
+    loss = nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 3.0]).double(), reduction=reduction)
+    whole = MaskedLoss(model, x, y, loss)
+    parts = MaskedLosses(model, [Batch(x[:4], y[:4]), Batch(x[4:], y[4:])], loss)
+    with masks_off(model):
+        value, gradient = whole.gradient()
+        total, summed = parts.gradient()
+    assert total == pytest.approx(value, rel=1e-12)
+    assert parts.examples == 11
+    for one, other in zip(summed, gradient, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-14)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import droplens as dl
+from droplens.inspection import _training
 from tests.inspection.test_inspect import data, loss, network
 
 x, y = data()
@@ -37,6 +38,27 @@ def test_measures_on_request(found):
     rates = found.extras["equivalent_rates"]
     assert rates.cost == pytest.approx(dl.penalty(network(), x, loss).total.item(), rel=1e-5)
     assert all(0 < rate < 1 for rate in rates.rates.values())
+
+
+def test_noise_is_of_many_batches_together_and_says_of_how_many(monkeypatch):
+    loader = [(x[k : k + 7], y[k : k + 7]) for k in range(0, len(x), 7)]
+    asked = {"draws": 5, "directions": 1, "measures": ("gradient_noise", "alignment"), "seed": 0}
+    found = dl.inspect(network(), loader, loss, **asked).extras
+    whole = dl.gradient_noise(network(), x, y, loss, 2000, seed=1)
+    noise = found["gradient_noise"]
+    assert noise.examples == found["alignment"].examples == len(x)
+    for one, other in ((noise.trace, whole.trace), (noise.signal, whole.signal)):
+        error = (one.standard_error**2 + other.standard_error**2) ** 0.5
+        assert abs(one.value - other.value) < 4 * error
+    aligned = dl.dynamics.noise_alignment(network(), x, y, loss, 512, 10**6, seed=1)
+    assert found["alignment"].trace_noise == pytest.approx(aligned.trace_noise, rel=0.3)
+    assert found["alignment"].value.value == pytest.approx(
+        aligned.value.value,
+        abs=4 * found["alignment"].value.standard_error + 4 * aligned.value.standard_error,
+    )
+    monkeypatch.setattr(_training, "_MOST_EXAMPLES", 9)
+    few = dl.inspect(network(), loader, loss, **asked).extras
+    assert few["gradient_noise"].examples == few["alignment"].examples == 9
 
 
 def test_pages_and_json(found, tmp_path):

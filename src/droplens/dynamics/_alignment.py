@@ -1,15 +1,16 @@
 """Does the noise of dropout lie along the curvature of the loss? (theory §3.3; P2's sequel)."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from droplens.batches import checked_passes
-from droplens.dynamics._masked import MaskedLoss, check_draws, difference, fresh_masks
+from droplens.batches import Batch, checked_passes
+from droplens.dynamics._masked import MaskedLosses, check_draws, difference, fresh_masks
 from droplens.estimates import Estimate
 from droplens.gates import masks_off
 from droplens.measure._masks import Applied
@@ -39,6 +40,7 @@ class Alignment:
         parameters: d.
         draws: masks drawn, in pairs.
         seed: repeats masks and probes.
+        examples: how many both matrices are of.
     """
 
     value: Estimate
@@ -52,6 +54,7 @@ class Alignment:
     parameters: int
     draws: int
     seed: int
+    examples: int = 0
 
     @property
     def excess(self) -> float:
@@ -97,20 +100,38 @@ def noise_alignment(
     check_draws(draws, 8)
     if isinstance(probes, bool) or not isinstance(probes, int) or probes < 4:
         raise ValueError(f"probes has to be a whole number of at least 4, but got {probes!r}")
-    masked = MaskedLoss(model, inputs, targets, loss)
+    return alignment_on(model, [Batch(inputs, targets)], loss, draws, probes, generator, seed)
+
+
+def alignment_on(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    loss: Any,
+    draws: int,
+    probes: int,
+    generator: torch.Generator | None,
+    seed: int | None,
+) -> Alignment:
+    """The alignment on all these batches together.
+
+    Raises:
+        ValueError: as `noise_alignment`.
+    """
+    masked = MaskedLosses(model, batches, loss)
     if masked.is_idle(masked.lawful):
         raise ValueError("no site of the model drops anything, so there is no noise to align")
     source, used_seed = private_generator(generator, seed, masked.device)
     with torch.enable_grad():
         with masks_off(model):
-            data = checked_passes((inputs, targets), model)
-            H = LossHessian(model, data, Loss(loss), Applied(1, None))
+            only = batches[0] if len(batches) == 1 else None
+            held = list(batches) if only is None else (only.inputs, only.targets)
+            H = LossHessian(model, checked_passes(held, model), Loss(loss), Applied(1, None))
         noise = _noise(masked, H, draws // 2, source)
         with masks_off(model):
             curvature = _curvature(H, probes, source)
     if not float(noise.squares.max()) > 0:
         raise ValueError("dropout puts no noise on the gradient, so there is nothing to align")
-    return _aligned(noise, curvature, H.size, draws, used_seed)
+    return replace(_aligned(noise, curvature, H.size, draws, used_seed), examples=masked.examples)
 
 
 @dataclass(frozen=True)
@@ -155,7 +176,7 @@ def _left_out(values: Tensor) -> Tensor:
     return (values.sum() - values) / (len(values) - 1)
 
 
-def _noise(masked: MaskedLoss, H: LossHessian, count: int, source: torch.Generator) -> _Noise:
+def _noise(masked: MaskedLosses, H: LossHessian, count: int, source: torch.Generator) -> _Noise:
     # At least four at once: with pairs alone, leaving a draw out leaves its partner alone.
     held = max(4, min(count, _HELD // H.size))
     crosses, formed = torch.zeros(2, count, count, dtype=torch.float64)
@@ -173,7 +194,7 @@ def _noise(masked: MaskedLoss, H: LossHessian, count: int, source: torch.Generat
     return _Noise(products, squares, crosses, formed)
 
 
-def _draw(masked: MaskedLoss, source: torch.Generator) -> Tensor:
+def _draw(masked: MaskedLosses, source: torch.Generator) -> Tensor:
     """One δ, flat, float64 on the CPU."""
     with masked.under(fresh_masks(source, masked.lawful)):
         delta = difference(masked.gradient()[1], masked.gradient()[1], math.sqrt(0.5))

@@ -1,19 +1,20 @@
 """The loss of one batch under a mask, and its gradient in the weights."""
 
 import copy
-from collections.abc import Callable, Collection
-from typing import Any
+from collections.abc import Callable, Collection, Iterable
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
+from droplens.batches import Batch, n_examples
 from droplens.calling import check_inputs, check_outputs, predictions
 from droplens.discovery import Call, Site
 from droplens.discovery import sites as find_sites
 from droplens.dynamics._training import nothing_dropped
 from droplens.gates import draw_masks, masks_off, masks_replaced
 from droplens.measure._checks import trainable
-from droplens.measure._risk import Loss
+from droplens.measure._risk import Loss, labelled
 
 Visit = Callable[[Call, Tensor], Tensor]
 Gradient = tuple[Tensor, ...]
@@ -133,6 +134,45 @@ class MaskedLoss:
     def under(self, visit: Visit) -> Any:
         """A context in which `visit` drops the units of every site that has a law."""
         return masks_replaced(self.model, visit)
+
+
+@final
+class MaskedLosses:
+    """R(w, z) on several batches, each under masks of its own; gradients as `MaskedLoss` has them.
+
+    One batch's graph is held at a time.
+
+    Raises:
+        TypeError: if the loss is not a loss, or the model returns no tensor.
+        ValueError: for bad inputs, targets or weights, or if no weight is trainable.
+    """
+
+    def __init__(self, model: nn.Module, batches: Iterable[Batch], loss: Any) -> None:
+        plain, masses = Loss(loss), []
+        self._each: list[MaskedLoss] = []
+        self.examples = 0
+        for batch, targets in labelled(batches):
+            one = MaskedLoss(model, batch.inputs, targets, loss)
+            self._each.append(one)
+            masses.append(plain.mass(batch, one.outputs))
+            self.examples += n_examples(batch.inputs)
+        self._shares = [mass / plain.whole(sum(masses)) for mass in masses]
+        first = self._each[0]
+        self.model, self.parameters, self.device = model, first.parameters, first.device
+        self.lawful, self.unmeasured = first.lawful, first.unmeasured
+        self.is_idle, self.under = first.is_idle, first.under
+
+    def gradient(self) -> tuple[float, Gradient]:
+        """R(w, z) and ∇R(w, z), batch after batch."""
+        if len(self._each) == 1:
+            return self._each[0].gradient()
+        total, summed = 0.0, [torch.zeros_like(p) for p in self.parameters]
+        for share, one in zip(self._shares, self._each, strict=True):
+            value, gradient = one.gradient()
+            total += share * value
+            for whole, part in zip(summed, gradient, strict=True):
+                whole.add_(part, alpha=share)
+        return total, tuple(summed)
 
 
 def fresh_masks(source: torch.Generator, names: Collection[str]) -> Visit:

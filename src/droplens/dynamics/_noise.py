@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from droplens.batches import n_examples
-from droplens.dynamics._masked import MaskedLoss, check_draws, check_sites
+from droplens.batches import Batch
+from droplens.dynamics._masked import MaskedLosses, check_draws, check_sites
 from droplens.dynamics._pairs import mean_over_pairs, pairs_of
 from droplens.estimates import Estimate, exact
 from droplens.randomness import private_generator
@@ -24,7 +24,7 @@ class GradientNoise:
             masks' variance.
         signal: ‖E_z ∇R(w, z)‖², the squared length of the mean gradient the noise lies on.
         parameters: how many trainable numbers the trace runs over.
-        examples: how many the batch holds.
+        examples: how many the batch, or the batches together, hold.
         draws: masks drawn for each row, in pairs.
         seed: repeats the draws.
         unmeasured: sites without a law, and why; they were off.
@@ -83,10 +83,16 @@ def gradient_noise(
         ValueError: for a bad number of draws, an unknown site, bad inputs, targets or weights.
     """
     check_draws(draws)
-    masked = MaskedLoss(model, inputs, targets, loss)
-    lawful = masked.lawful
-    alone = check_sites(sites, lawful)
+    masked = MaskedLosses(model, [Batch(inputs, targets)], loss)
     source, used_seed = private_generator(generator, seed, masked.device)
+    return noise_on(masked, draws, check_sites(sites, masked.lawful), source, used_seed)
+
+
+def noise_on(
+    masked: MaskedLosses, draws: int, alone: Collection[str], source: torch.Generator, seed: int
+) -> GradientNoise:
+    """The noise on the gradient of all these batches together."""
+    lawful = masked.lawful
     idle = masked.is_idle(lawful)
     joint = pairs_of(masked, lawful, 2 if idle else draws, source)
     trace = mean_over_pairs(joint.noise, idle)
@@ -101,8 +107,8 @@ def gradient_noise(
         {name: trace if lawful == [name] else at(name) for name in alone},
         mean_over_pairs(joint.signal, idle),
         sum(p.numel() for p in masked.parameters),
-        n_examples(inputs),
+        masked.examples,
         draws,
-        used_seed,
+        seed,
         masked.unmeasured,
     )

