@@ -106,3 +106,13 @@ def test_comparisons_tell_the_gap_of_every_set(tmp_path):
     page = found.to_html(tmp_path / "page.html").read_text()
     assert "Why is the training loss not the held-out loss?" in page
     assert "How noisy does dropout make the gradient?" in page
+
+
+def test_a_set_that_has_a_measure_is_shown_beside_one_that_has_not(tmp_path):
+    plain = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
+    sets = {"with": network(), "without": plain}
+    found = dl.compare(sets, (x, y), loss, draws=5, directions=1, measures=("alignment",), seed=0)
+    page = found.to_html(tmp_path / "page.html").read_text()
+    assert "Does the noise lie along the curvature?" in page
+    assert f"Both of {len(x)} examples together" in page
+    assert "no site of the model drops anything" in found.not_measured["alignment (without)"]

@@ -16,10 +16,14 @@ SECTIONS: Final[Mapping[str, Tell]] = {**LANDSCAPE, **GEOMETRY, **TRAINING}
 
 
 def extra_sections(sets: Mapping[str, Sequence[Inspection]], unit: str) -> list[Section]:
-    """A section for every measure on request that all networks have."""
-    each = [inspection for found in sets.values() for inspection in found]
-    return [
-        tell({set_: [i.extras[name] for i in found] for set_, found in sets.items()}, unit)
-        for name, tell in SECTIONS.items()
-        if all(name in inspection.extras for inspection in each)
-    ]
+    """A section for every measure on request, of the sets whose networks all have it."""
+    sections = []
+    for name, tell in SECTIONS.items():
+        having = {
+            set_: [i.extras[name] for i in found]
+            for set_, found in sets.items()
+            if all(name in i.extras for i in found)
+        }
+        if having:
+            sections.append(tell(having, unit))
+    return sections
