@@ -186,6 +186,21 @@ def test_a_legend_of_long_names_is_shown_whole(reader, tmp_path, width):
     assert outside == []
 
 
+def test_a_long_name_of_a_row_makes_room_for_its_numbers(reader, tmp_path):
+    name = (
+        "adaptive True, block 3, blocks [3], θ 0.7, values diag(0.735, 0.691, 0.603, 0.536, 0.18)"
+    )
+    columns = [report.Column("setting"), report.Column("measured"), report.Column("n")]
+    table = report.Table(columns, [[name, 0.0963, 1]], caption="Objective ÷ bound")
+    document = report.Document("Names", "", [], [report.Section("A claim", "", [table])])
+    path = report.write_page(document, tmp_path / "page.html")
+    page = reader(viewport={"width": 1200, "height": 800}).open(path).page
+    hidden = page.eval_on_selector_all(
+        ".scroll", "all => all.map(b => b.scrollWidth - b.clientWidth)"
+    )
+    assert max(hidden) <= 0
+
+
 @pytest.mark.parametrize("width", [320, 375])
 def test_fits_a_phone(reader, written, width):
     page = reader(viewport={"width": width, "height": 700}).open(written).scroll_through().page

@@ -93,15 +93,20 @@ def _kind(block: object) -> str:
 
 
 _BRIEF: Final = 14
+# The longest name of a row that stays on one line.
+_NAME: Final = 40
 
 
 def _wordy(table: Table) -> list[str]:
     """A class for every column of words: they read from the left, numbers from the right.
 
-    Brief words stay on one line; a column with names of two lines takes what room there is.
+    Brief words stay on one line; names of two lines, or too long for one, take what room there is.
     """
     cells = zip(*table.rows, strict=True) if table.rows else [()] * len(table.columns)
-    return [_words([cell for cell in column if isinstance(cell, str)]) for column in cells]
+    found = [_words([cell for cell in column if isinstance(cell, str)]) for column in cells]
+    if any(isinstance(row[0], str) and len(row[0]) > _NAME for row in table.rows):
+        found[0] = "words told"
+    return found
 
 
 def _words(cells: Sequence[str]) -> str:
