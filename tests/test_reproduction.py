@@ -55,6 +55,11 @@ def test_the_page_holds_summary_and_cards(tmp_path):
     assert json.loads(json.dumps(twin, allow_nan=False)) == twin
 
 
+def test_one_claim_is_counted_as_one():
+    done = reproduce(Request(("P4.fixed-width",), "test"))
+    assert done.to_document().subtitle.startswith("1 claim: 1 does not hold. Every verdict is")
+
+
 def test_a_broken_run_says_whether_every_verdict_turned(monkeypatch):
     done = reproduce(Request(QUICK, "test", broken="penalty-doubled"))
     assert done.survivors == ()

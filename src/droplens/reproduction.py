@@ -103,15 +103,19 @@ class Reproduction:
 
     def _subtitle(self) -> str:
         counts = Counter(judgement.verdict for judgement in self.judgements)
-        names = {"holds": "hold", "does not hold": "do not hold"}
-        parts = [f"{n} {names.get(verdict, verdict)}" for verdict, n in counts.items()]
+        plural = {"holds": "hold", "does not hold": "do not hold"}
+        parts = [
+            f"{n} {verdict if n == 1 else plural.get(verdict, verdict)}"
+            for verdict, n in counts.items()
+        ]
         differ = [one.claim.id for one in self.judgements if not one.as_expected]
         tail = (
             f"These differ from what we expected: {', '.join(differ)}."
             if differ
             else "Every verdict is the one we expected."
         )
-        said = f"{len(self.judgements)} claims: {', '.join(parts)}. {tail}"
+        claims = "1 claim" if len(self.judgements) == 1 else f"{len(self.judgements)} claims"
+        said = f"{claims}: {', '.join(parts)}. {tail}"
         if self.request.broken:
             wrong = BREAKS[self.request.broken]
             said += f" The theory was broken on purpose ({wrong}): verdicts must turn. "
