@@ -162,31 +162,21 @@ def compare(  # noqa: PLR0913  # the last seven are keywords with defaults
     tell(0.9, "Looking between the networks")
     extras = measured_together(asked, _members(sets, inspected), batches, loss, not_measured)
     tell(0.95, "Looking at held-out data")
-    costs = {
-        name: pooled_cost([i.cost for i in found if i.cost is not None])
-        for name, found in inspected.items()
-        if any(i.cost is not None and i.cost.by_site for i in found)
-    }
     apart = _held_out(sets, held_out, loss) if held_out is not None else None
-    verdicts = [
-        verdict
-        for name, cost in costs.items()
-        if cost.gap.value != 0
-        for verdict in _named(cost_verdicts(cost, first.unit, f"the networks {name!r} "), name)
-    ]
-    verdicts += _between(inspected, equal_loss, apart, first.unit)
+    costs = _costs(inspected)
+    verdicts = _on_costs(costs, first.unit) + _between(inspected, equal_loss, apart, first.unit)
     tell(1.0, "Done")
     return Comparison(
-        inspected,
-        costs,
-        equal_loss,
-        apart,
-        extras,
-        tuple(verdicts),
-        not_measured,
-        first.unit,
-        first.mode,
-        used_seed,
+        sets=inspected,
+        costs=costs,
+        equal_loss=equal_loss,
+        held_out=apart,
+        extras=extras,
+        verdicts=tuple(verdicts),
+        not_measured=not_measured,
+        unit=first.unit,
+        mode=first.mode,
+        seed=used_seed,
     )
 
 
@@ -290,6 +280,24 @@ def _held_out(sets: Mapping[str, Sequence[nn.Module]], data: Any, loss: nn.Modul
         {n: tuple(accuracy_of(o, loss) for o in each) for n, each in found.items()},
         examples,
     )
+
+
+def _costs(inspected: Mapping[str, Sequence[Inspection]]) -> dict[str, Cost]:
+    """The mean cost of every set that drops units."""
+    return {
+        name: pooled_cost([i.cost for i in found if i.cost is not None])
+        for name, found in inspected.items()
+        if any(i.cost is not None and i.cost.by_site for i in found)
+    }
+
+
+def _on_costs(costs: Mapping[str, Cost], unit: str) -> list[Verdict]:
+    return [
+        verdict
+        for name, cost in costs.items()
+        if cost.gap.value != 0
+        for verdict in _named(cost_verdicts(cost, unit, f"the networks {name!r} "), name)
+    ]
 
 
 def _named(verdicts: Sequence[Verdict], name: str) -> list[Verdict]:

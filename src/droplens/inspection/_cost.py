@@ -5,13 +5,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from torch import nn
 
-from droplens.batches import Batch, Batches, in_parts
+from droplens.batches import Batch, in_parts
 from droplens.calling import predictions
 from droplens.estimates import Estimate, exact, mean_estimate
 from droplens.gates import masks_off
-from droplens.inspection._sizes import MOST_PASSES, Sizes, targets_of
+from droplens.inspection._sizes import MOST_PASSES, targets_of
+from droplens.inspection._subject import Subject
 from droplens.losses import family as family_of
 from droplens.penalties import Decomposition, Penalty, decompose, penalty, pooled_parts
 
@@ -78,22 +78,14 @@ class _Batch:
     second_order: Penalty
 
 
-def cost_of(
-    model: nn.Module,
-    batches: Batches,
-    loss: nn.Module,
-    draws: int,
-    generator: torch.Generator,
-    seed: int,
-    sizes: Sizes,
-) -> Cost:
-    """Cost of dropout over all `batches` of (inputs, targets), none of them held."""
+def cost_of(subject: Subject, draws: int, generator: torch.Generator) -> Cost:
+    """Cost of dropout over all batches of the data, none of them held."""
     found = [
-        _batch_cost(model, part, loss, draws, generator, sizes.passes <= MOST_PASSES)
-        for batch in batches
-        for part in in_parts(batch, sizes.rows(draws))
+        _batch_cost(subject, part, draws, generator)
+        for batch in subject.batches
+        for part in in_parts(batch, subject.sizes.rows(draws))
     ]
-    summed = loss.reduction == "sum"
+    summed = subject.loss.reduction == "sum"
     total = sum(batch.norm for batch in found)
     weights = [1.0 if summed else batch.norm / total for batch in found]
     first = found[0]
@@ -118,7 +110,7 @@ def cost_of(
         _sum(weights, [float(batch.second_order) for batch in found]),
         sites,
         draws,
-        seed,
+        subject.seed,
         {**first.parts.unmeasured, **first.second_order.unmeasured},
         {} if first.gaussian is None else first.gaussian.participation,
         math.hypot(*errors),
@@ -167,15 +159,10 @@ def pooled_cost(costs: Sequence[Cost]) -> Cost:
     )
 
 
-def _batch_cost(
-    model: nn.Module,
-    batch: Batch,
-    loss: nn.Module,
-    draws: int,
-    generator: torch.Generator,
-    without_masks: bool,
-) -> _Batch:
+def _batch_cost(subject: Subject, batch: Batch, draws: int, generator: torch.Generator) -> _Batch:
+    model, loss = subject.model, subject.loss
     inputs, targets = batch.inputs, targets_of(batch.targets)
+    without_masks = subject.sizes.passes <= MOST_PASSES
     parts = decompose(model, inputs, targets, loss, draws, generator=generator)
     with torch.no_grad():
         with masks_off(model):

@@ -9,9 +9,10 @@ from torch import nn
 from droplens.batches import Batches
 from droplens.inspection._attempt import attempt
 from droplens.inspection._between import BETWEEN, Member
-from droplens.inspection._extra import Extra, Subject
+from droplens.inspection._extra import Extra
 from droplens.inspection._geometry import GEOMETRY
 from droplens.inspection._landscape import LANDSCAPE
+from droplens.inspection._subject import Subject
 from droplens.inspection._training import TRAINING
 
 EXTRAS: Final[Mapping[str, Extra]] = {**LANDSCAPE, **GEOMETRY, **TRAINING}

@@ -6,7 +6,8 @@ from typing import Final
 
 from droplens.batches import n_examples, rows_of
 from droplens.discovery import sites
-from droplens.inspection._extra import Extra, Subject
+from droplens.inspection._extra import Extra
+from droplens.inspection._subject import Subject
 from droplens.measure import (
     Curvature,
     LayerCondensation,

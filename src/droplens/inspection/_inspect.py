@@ -11,12 +11,12 @@ from droplens.batches import as_batches, checked_passes, predicts_next_token
 from droplens.discovery import KEPT_IN_EVAL, Site
 from droplens.discovery import sites as find_sites
 from droplens.inspection._cost import Cost, cost_of
-from droplens.inspection._extra import Subject
 from droplens.inspection._extras import checked_names, measured_on_request, offers
 from droplens.inspection._flatness import outputs_of, scaled_loss
 from droplens.inspection._measures import measures_of
 from droplens.inspection._rendered import Rendered
 from droplens.inspection._sizes import Sizes, sizes_of, targets_of
+from droplens.inspection._subject import Subject
 from droplens.inspection._training import gap_verdicts
 from droplens.inspection._verdicts import MOST_SITES, cost_verdicts, equalisation_verdicts
 from droplens.losses import HessianOnlyError, Squared
@@ -147,6 +147,7 @@ def inspect(  # noqa: PLR0913  # the last seven are keywords with defaults
     tell = on_progress or (lambda share, doing: None)
     family = family_of(loss)
     batches = checked_passes(data, model)
+    apart = None if held_out is None else as_batches(held_out, model)
     first = next(iter(batches))
     targets_of(first.targets)
     source, used_seed = private_generator(generator, seed)
@@ -154,34 +155,20 @@ def inspect(  # noqa: PLR0913  # the last seven are keywords with defaults
     found = find_sites(model, first.inputs)
     mode = _mode(model, found)
     sizes = sizes_of(model, first, family, found)
+    subject = Subject(model, batches, loss, sizes, directions, used_seed, apart)
     not_measured = {f"site {s.name}": s.reason or "" for s in found if s.law is None}
 
     tell(0.05, "Drawing masks")
-    cost = None
-    try:
-        _check_priceable(found)
-        cost = cost_of(model, batches, loss, draws, source, used_seed, sizes)
-        not_measured |= _unpriced(cost, sizes)
-    except (HessianOnlyError, _UnpricedError) as error:
-        not_measured["cost of dropout"] = str(error)
-
+    cost = _priced(subject, found, draws, source, not_measured)
     tell(0.5, "Weighing the units")
-    behind, missing = readers(model, batches)
-    not_measured |= _unweighed(missing)
-    equal = {
-        name: equalization(reader.outgoing, reader.rms[None], rows="examples")
-        for name, reader in behind.items()
-    }
-    layers = {name: reader.layer for name, reader in behind.items()}
+    equal, layers = _weighed(subject, not_measured)
 
     def tell_rest(share: float, doing: str) -> None:
         tell(0.6 + (0.15 if asked else 0.35) * share, doing)
 
-    left = measures_of(model, batches, loss, sizes, directions, used_seed, not_measured, tell_rest)
+    left = measures_of(subject, not_measured, tell_rest)
     if asked:
         tell(0.75, "Measuring what was asked for")
-    apart = None if held_out is None else as_batches(held_out, model)
-    subject = Subject(model, batches, loss, sizes, directions, used_seed, apart)
     extras = measured_on_request(asked, subject, not_measured)
     unit = "units of the loss" if isinstance(family, Squared) else "nats"
     outputs = outputs_of(model, batches)
@@ -191,28 +178,53 @@ def inspect(  # noqa: PLR0913  # the last seven are keywords with defaults
         verdicts += gap_verdicts(extras["gap"], unit)
     tell(1.0, "Done")
     return Inspection(
-        found,
-        cost,
-        scaled_loss(outputs, loss, 1.0),
-        accuracy_of(outputs, loss),
-        equal,
-        layers,
-        left.spectra,
-        left.condensation,
-        left.fisher,
-        left.hessian,
-        left.flatness,
-        left.expected_flatness,
-        left.sharpness,
-        extras,
-        tuple(verdicts),
-        not_measured | offers(asked),
-        sum(len(f) for f, _ in outputs),
-        type(loss).__name__,
-        unit,
-        mode,
-        used_seed,
+        sites=found,
+        cost=cost,
+        base=scaled_loss(outputs, loss, 1.0),
+        accuracy=accuracy_of(outputs, loss),
+        equalization=equal,
+        layers=layers,
+        **vars(left),
+        extras=extras,
+        verdicts=tuple(verdicts),
+        not_measured=not_measured | offers(asked),
+        examples=sum(len(f) for f, _ in outputs),
+        loss=type(loss).__name__,
+        unit=unit,
+        mode=mode,
+        seed=used_seed,
     )
+
+
+def _priced(
+    subject: Subject,
+    sites: Sequence[Site],
+    draws: int,
+    source: torch.Generator,
+    not_measured: dict[str, str],
+) -> Cost | None:
+    """What dropout costs; where that cannot be told, the reason is added to `not_measured`."""
+    try:
+        _check_priceable(sites)
+        cost = cost_of(subject, draws, source)
+    except (HessianOnlyError, _UnpricedError) as error:
+        not_measured["cost of dropout"] = str(error)
+        return None
+    not_measured |= _unpriced(cost, subject.sizes)
+    return cost
+
+
+def _weighed(
+    subject: Subject, not_measured: dict[str, str]
+) -> tuple[dict[str, Equalization], dict[str, str]]:
+    """By site: how equal its units are, and the layer that reads them."""
+    behind, missing = readers(subject.model, subject.batches)
+    not_measured |= _unweighed(missing)
+    equal = {
+        name: equalization(reader.outgoing, reader.rms[None], rows="examples")
+        for name, reader in behind.items()
+    }
+    return equal, {name: reader.layer for name, reader in behind.items()}
 
 
 def _mode(model: nn.Module, sites: Sequence[Site]) -> str:

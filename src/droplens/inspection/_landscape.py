@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 from typing import Final
 
-from droplens.inspection._extra import Extra, Subject
+from droplens.inspection._extra import Extra
+from droplens.inspection._subject import Subject
 from droplens.measure import (
     Fisher,
     FisherSpectrum,

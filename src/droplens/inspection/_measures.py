@@ -6,9 +6,9 @@ from typing import Final, Literal
 
 from torch import nn
 
-from droplens.batches import Batches
-from droplens.inspection._attempt import attempt
-from droplens.inspection._sizes import MOST_COVER, MOST_EXACT, MOST_WEIGHTS, Sizes
+from droplens.inspection._attempt import Result, attempt
+from droplens.inspection._sizes import MOST_COVER, MOST_EXACT, MOST_WEIGHTS
+from droplens.inspection._subject import Subject
 from droplens.layers import parameter_of, weighted_layers
 from droplens.measure import (
     Condensation,
@@ -52,74 +52,92 @@ class Measures:
     sharpness: Sharpness | None
 
 
-def measures_of(
-    model: nn.Module,
-    batches: Batches,
-    loss: nn.Module,
-    sizes: Sizes,
-    directions: int,
-    seed: int,
-    not_measured: dict[str, str],
-    tell: Tell,
-) -> Measures:
+def measures_of(subject: Subject, not_measured: dict[str, str], tell: Tell) -> Measures:
     """Measure what can be measured; what cannot is added to `not_measured` with the reason."""
     tell(0.0, "Looking at the weights")
-    spectra, covers = _spectra(model), _condensations(model, not_measured)
-    not_measured |= _other_weights(model)
-    tell(0.1, "Measuring the Fisher information")
-    method: Literal["exact", "sampled"] = "exact" if sizes.passes <= MOST_EXACT else "sampled"
-    information = attempt(
-        not_measured,
-        "Fisher information",
-        lambda: measure_fisher(model, batches, loss, method, draws=_LABELS, seed=seed),
+    spectra = _spectra(subject.model)
+    covers = _condensations(subject.model, not_measured)
+    not_measured |= _other_weights(subject.model)
+
+    def tried(
+        name: str, measure: Callable[[Subject], Result], share: float, doing: str
+    ) -> Result | None:
+        tell(share, doing)
+        return attempt(not_measured, name, lambda: measure(subject))
+
+    return Measures(
+        spectra,
+        covers,
+        tried("Fisher information", _information, 0.1, "Measuring the Fisher information"),
+        tried("Hessian", _curvature, 0.4, "Measuring the Hessian"),
+        tried("flatness", _flatness, 0.7, "Walking along random directions"),
+        tried("flatness under masks", _masked_flatness, 0.8, "Walking with masks on"),
+        tried("sharpness", _sharpness, 0.9, "Shaking the weights"),
     )
-    tell(0.4, "Measuring the Hessian")
-    curvature = None
-    if sizes.weights > MOST_WEIGHTS:
-        not_measured["Hessian"] = (
-            f"its vectors are too large for a page made in passing ({sizes.weights:,} trainable "
+
+
+def _information(subject: Subject) -> Fisher:
+    method: Literal["exact", "sampled"] = (
+        "exact" if subject.sizes.passes <= MOST_EXACT else "sampled"
+    )
+    return measure_fisher(
+        subject.model, subject.batches, subject.loss, method, draws=_LABELS, seed=subject.seed
+    )
+
+
+def _curvature(subject: Subject) -> Hessian:
+    """Its trace and largest eigenvalues.
+
+    Raises:
+        ValueError: if the network has too many weights for a page made in passing.
+    """
+    weights = subject.sizes.weights
+    if weights > MOST_WEIGHTS:
+        raise ValueError(
+            f"its vectors are too large for a page made in passing ({weights:,} trainable "
             "numbers); droplens.measure.hessian(model, data, loss) measures it"
         )
-    else:
-        curvature = attempt(
-            not_measured,
-            "Hessian",
-            lambda: measure_hessian(
-                model, batches, loss, min(TOP, sizes.weights), probes=_PROBES, seed=seed
-            ),
-        )
-    tell(0.7, "Walking along random directions")
-    flat = attempt(
-        not_measured,
-        "flatness",
-        lambda: measure_flatness(model, batches, loss, directions, RADII, seed=seed),
+    return measure_hessian(
+        subject.model,
+        subject.batches,
+        subject.loss,
+        min(TOP, weights),
+        probes=_PROBES,
+        seed=subject.seed,
     )
-    tell(0.8, "Shaking the weights")
-    sharp = attempt(
-        not_measured,
-        "sharpness",
-        lambda: measure_sharpness(model, batches, loss, directions=max(2, directions), seed=seed),
+
+
+def _flatness(subject: Subject) -> Flatness:
+    return measure_flatness(
+        subject.model, subject.batches, subject.loss, subject.directions, RADII, seed=subject.seed
     )
-    tell(0.9, "Walking with masks on")
-    masked = None
-    if not sizes.gates:
-        not_measured["flatness under masks"] = "the network drops nothing whose law is known"
-    else:
-        masked = attempt(
-            not_measured,
-            "flatness under masks",
-            lambda: measure_flatness(
-                model,
-                batches,
-                loss,
-                min(MASKED_DIRECTIONS, directions),
-                MASKED_RADII,
-                "expected",
-                draws=MASKS,
-                seed=seed,
-            ),
-        )
-    return Measures(spectra, covers, information, curvature, flat, masked, sharp)
+
+
+def _sharpness(subject: Subject) -> Sharpness:
+    directions = max(2, subject.directions)
+    return measure_sharpness(
+        subject.model, subject.batches, subject.loss, directions=directions, seed=subject.seed
+    )
+
+
+def _masked_flatness(subject: Subject) -> Flatness:
+    """Of the loss averaged over masks.
+
+    Raises:
+        ValueError: if nothing is dropped.
+    """
+    if not subject.sizes.gates:
+        raise ValueError("the network drops nothing whose law is known")
+    return measure_flatness(
+        subject.model,
+        subject.batches,
+        subject.loss,
+        min(MASKED_DIRECTIONS, subject.directions),
+        MASKED_RADII,
+        "expected",
+        draws=MASKS,
+        seed=subject.seed,
+    )
 
 
 def _spectra(model: nn.Module) -> dict[str, Spectrum]:

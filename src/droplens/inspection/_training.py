@@ -16,8 +16,9 @@ from droplens.dynamics import (
 from droplens.dynamics._alignment import alignment_on
 from droplens.dynamics._masked import MaskedLosses
 from droplens.dynamics._noise import noise_on
-from droplens.inspection._extra import Extra, Subject
+from droplens.inspection._extra import Extra
 from droplens.inspection._sizes import MOST_PASSES, MOST_WEIGHTS, targets_of
+from droplens.inspection._subject import Subject
 from droplens.masks import Bernoulli, Block, Channel, Law, Path
 from droplens.penalties import EquivalentRates, equivalent_rates
 from droplens.randomness import private_generator
