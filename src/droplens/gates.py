@@ -19,7 +19,7 @@ from droplens.masks import Law
 from droplens.reads import Followed, Reads
 
 _OUT_OF_REACH = (
-    "the forward runs it where no derivative is recorded (torch.no_grad, a reentrant checkpoint); "
+    "the forward runs it where no derivative is recorded (torch.no_grad); "
     "droplens.decompose draws its masks all the same"
 )
 

@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import droplens as dl
+from droplens.dynamics import averaged
 from droplens.gates import open_gates
 from tests.penalties.test_penalty import METHODS, cross_entropy, deep_network, labels, randn, x
 from tests.reference import softmax_hessian
@@ -241,12 +242,8 @@ def checkpointed(reentrant):
     return lambda block, h: checkpoint(block, h, use_reentrant=reentrant)
 
 
-@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # torch's checkpoint
-@pytest.mark.parametrize(
-    "run", [without_derivatives, checkpointed(True)], ids=["no_grad", "reentrant"]
-)
-def test_a_site_that_no_derivative_reaches_is_not_free(run):
-    net = Around(run).double()
+def test_a_site_that_no_derivative_reaches_is_not_free():
+    net = Around(without_derivatives).double()
     for method in METHODS:
         found = price(net, method)
         assert "where no derivative is recorded" in found.unmeasured["block.2"]
@@ -255,14 +252,22 @@ def test_a_site_that_no_derivative_reaches_is_not_free(run):
         price(net, sites=["block.2"])
 
 
-def test_checkpointed_parts_are_refused_where_they_would_run_again():
-    net = Around(checkpointed(False)).double()
-    with pytest.raises(RuntimeError, match="and checkpointed parts would run again"):
-        price(net)
-    with pytest.raises(RuntimeError, match="run again on the way back, under other masks"):
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # torch's checkpoint
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointed_parts_are_refused_where_they_would_run_again(reentrant):
+    net = Around(checkpointed(reentrant)).double()
+    again = "and checkpointed parts would run again on the way back, under other masks"
+    error = ValueError if reentrant else RuntimeError
+    for method in ALL:
+        with pytest.raises(error, match=again):
+            price(net, method)
+    with pytest.raises(error, match=again):
         dl.gradient_noise(net, x, labels, cross_entropy, 4)
+    with pytest.raises(error, match=again):
+        averaged(cross_entropy)(net, x, labels)
     with torch.no_grad():
         assert dl.decompose(net, x, labels, cross_entropy, 20, seed=0).spread.value > 0
+        assert float(price(net, "masks")) > 0
     net(x).sum().backward()  # outside it checkpoints as before
 
 

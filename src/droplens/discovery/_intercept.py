@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -202,11 +203,22 @@ def _visited(
     return forward
 
 
-_RUNS_TWICE = (
-    "it hooks into what autograd saves (torch.utils.checkpoint, save_on_cpu), and checkpointed "
-    "parts would run again on the way back, under other masks; switch that off "
+_AGAIN = (
+    "and checkpointed parts would run again on the way back, under other masks; switch that off "
     "(in transformers: model.gradient_checkpointing_disable())"
 )
+_RUNS_TWICE = f"it hooks into what autograd saves (torch.utils.checkpoint, save_on_cpu), {_AGAIN}"
+
+
+def _in_checkpoint() -> bool:
+    """Whether the call stands in a reentrant checkpoint, which uses no hooks."""
+    source = torch.utils.checkpoint.__file__
+    frame = sys._getframe(1)
+    while (caller := frame.f_back) is not None:
+        if caller.f_code.co_filename == source:
+            return True
+        frame = caller
+    return False
 
 
 def _uncompiled() -> AbstractContextManager[Any]:
@@ -229,9 +241,12 @@ def intercept(model: nn.Module, visit: Visit) -> Iterator[Tracker]:
     Yields:
         A tracker that knows where in the module tree the pass is.
     """
+    recorded = torch.is_grad_enabled()
 
     def named(call: Call, x: Tensor) -> Tensor:
         with _naming(call.name):
+            if recorded and not torch.is_grad_enabled() and _in_checkpoint():
+                raise ValueError(f"it stands in a reentrant torch.utils.checkpoint, {_AGAIN}")
             return visit(call, x)
 
     tracker = Tracker(model)
