@@ -69,6 +69,25 @@ def test_drop_connect_as_another_network():
     assert found.rates["connect"] == pytest.approx(0.4, abs=1e-3)
 
 
+def test_weight_masks_are_drop_connect_on_every_layer():
+    """The rate at which a network of one's own with DropConnect costs the same, and no more."""
+    net = images_network(nn.Dropout(0.3))
+    before = [name for name, _ in net.named_modules()]
+    found = dl.equivalent_rates(net, images, cross_entropy, {"connect": dl.masks.Weight(0.5)})
+    other = images_network(nn.Identity())
+    dl.nn.drop_connect(other[0], "weight", found.rates["connect"])
+    dl.nn.drop_connect(other[4], "weight", found.rates["connect"], per_example=True)
+    cost = dl.penalty(other, images, cross_entropy).total.item()
+    assert cost == pytest.approx(found.cost, rel=1e-4)
+    itself = dl.equivalent_rates(other, images, cross_entropy, {"connect": dl.masks.Weight(0.5)})
+    assert itself.rates["connect"] == pytest.approx(found.rates["connect"], rel=1e-4)
+    assert [name for name, _ in net.named_modules()] == before
+    with pytest.raises(ValueError, match="no linear or convolution layer for DropConnect"):
+        dl.equivalent_rates(
+            nn.Sequential(nn.Dropout(0.3)), x, nn.MSELoss(), {"connect": dl.masks.Weight(0.5)}
+        )
+
+
 def test_loaders_are_streamed_and_sites_chosen():
     net = deep_network(0.35)
     loader = DataLoader(TensorDataset(x, labels), batch_size=2)

@@ -1,5 +1,6 @@
 """Which rate of another dropout costs the same: roots on penalty curves."""
 
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -7,11 +8,13 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.utils import parametrize
 
 from droplens.discovery import sites as find_sites
 from droplens.losses import Family
 from droplens.losses import family as family_of
-from droplens.masks import Law
+from droplens.masks import Law, Weight
 from droplens.masks._law import check_rate
 from droplens.penalties._curve import _Curve, penalty_curve
 from droplens.penalties._layout import check_law_along
@@ -24,6 +27,10 @@ from droplens.penalties._sources import Source, Units
 _GRID: Final = (0.01, 0.03, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.97, 0.99)
 _INSIDE: Final = 8
 _ROUNDS: Final = 3
+# Transposed convolutions are among them.
+_CONNECTED: Final = (nn.Linear, _ConvNd)
+# Sites of DropConnect: with a mask a batch, and with one for each example.
+_WEIGHTS: Final = ("DropConnect", "Weight")
 
 CostAt = Callable[[Sequence[float]], list[float]]
 
@@ -65,8 +72,9 @@ def equivalent_rates(
             data set, streamed.
         loss: a loss object; units and reduction are its own.
         others: by any name, a law to put in the place of every counted site's (such as
-            `masks.Block(0.1, 3)`), or a network whose own sites are all to have one rate (such as
-            a copy of `model` with DropConnect).
+            `masks.Block(0.1, 3)`); `masks.Weight`, for DropConnect on the weight of every linear
+            and convolution layer in place of any other dropout; or a network whose own sites are
+            all to have one rate (such as a copy of `model` with DropConnect on one layer).
         targets: needed only where they weigh examples; a loader brings its own.
         sites: names of the sites to count and replace; all of them if not given.
 
@@ -106,7 +114,9 @@ def equivalent_rates(
         counted = [name for name in counted if name in own.by_site]
     rates, unreached = {}, {}
     for name, other in others.items():
-        if isinstance(other, Law):
+        if isinstance(other, Weight):
+            found = _root(_of_weights(model, inputs, loss, targets), cost)
+        elif isinstance(other, Law):
             with_law = _WithLaw(model, inputs, family, other, targets, counted)
             found = _root(with_law, cost)
         else:
@@ -117,17 +127,42 @@ def equivalent_rates(
     return EquivalentRates(cost, rates, unreached)
 
 
-def _dropping(model: nn.Module, inputs: Any) -> list[str]:
-    """The sites that drop anything: those at rate zero stay off."""
+def _dropping(model: nn.Module, inputs: Any, kinds: Sequence[str] = ()) -> list[str]:
+    """The sites (of these kinds, if any are given) that drop anything.
+
+    Those at rate zero stay off.
+    """
     batches = streamed(inputs, None, model)
     first = inputs if batches is None else next(iter(batches)).inputs
-    found = find_sites(model, first)
+    found = [s for s in find_sites(model, first) if not kinds or s.kind in kinds]
     return [s.name for s in found if s.law is not None and getattr(s.law, "p", None) != 0]
 
 
 def _of_module(other: nn.Module, inputs: Any, loss: object, targets: Tensor | None) -> CostAt:
-    names = _dropping(other, inputs)
+    return _at_sites(other, inputs, loss, targets, _dropping(other, inputs))
 
+
+def _of_weights(model: nn.Module, inputs: Any, loss: object, targets: Tensor | None) -> CostAt:
+    """The curve of a copy with DropConnect on its layers' weights and nothing else.
+
+    Raises:
+        ValueError: if no layer has a weight to drop.
+    """
+    from droplens.nn import drop_connect
+
+    twin = copy.deepcopy(model)
+    for module in list(twin.modules()):
+        if isinstance(module, _CONNECTED) and not parametrize.is_parametrized(module, "weight"):
+            drop_connect(module, "weight", _GRID[0])
+    names = _dropping(twin, inputs, _WEIGHTS)
+    if not names:
+        raise ValueError("the model has no linear or convolution layer for DropConnect to drop")
+    return _at_sites(twin, inputs, loss, targets, names)
+
+
+def _at_sites(
+    other: nn.Module, inputs: Any, loss: object, targets: Tensor | None, names: list[str]
+) -> CostAt:
     def at(rates: Sequence[float]) -> list[float]:
         curve = penalty_curve(other, inputs, loss, rates, targets=targets, sites=names)
         found: list[float] = curve.total.tolist()
