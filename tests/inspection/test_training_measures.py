@@ -12,7 +12,14 @@ from tests.inspection.test_inspect import data, loss, network
 
 x, y = data()
 apart = (x[:10].flip(0), y[:10].flip(0))
-ASKED = ("gradient_noise", "alignment", "equivalent_rates")
+ASKED = (
+    "gradient_noise",
+    "alignment",
+    "modified_loss",
+    "frozen_mask_order",
+    "penalty_curve",
+    "equivalent_rates",
+)
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +45,20 @@ def test_measures_on_request(found):
     rates = found.extras["equivalent_rates"]
     assert rates.cost == pytest.approx(dl.penalty(network(), x, loss).total.item(), rel=1e-5)
     assert all(0 < rate < 1 for rate in rates.rates.values())
+    assert rates.rates["a normal factor per unit (GaussianDropout)"] == pytest.approx(
+        rates.rates["a coin per unit (Dropout)"], rel=1e-5
+    )
+    connect = {"c": dl.masks.Weight(0.1)}
+    direct = dl.equivalent_rates(network(), x, loss, connect).rates["c"]
+    assert rates.rates["a coin per weight (DropConnect)"] == direct
+    assert found.extras["modified_loss"] == dl.modified_loss(network(), x, y, loss, 0.1, 50, seed=0)
+    order = dl.dynamics.frozen_mask_order(network(), x, y, loss, seed=0)
+    assert found.extras["frozen_mask_order"] == order
+    curve = found.extras["penalty_curve"]
+    at = curve.rates.index(0.5)
+    expected = dl.penalty_curve(network(), x, loss, [0.5])
+    assert curve.total[at].item() == pytest.approx(expected.total.item())
+    assert curve.second_order[at].item() == pytest.approx(expected.second_order.item())
 
 
 def test_noise_is_of_many_batches_together_and_says_of_how_many(monkeypatch):
@@ -67,6 +88,9 @@ def test_pages_and_json(found, tmp_path):
         "Why is the training loss not the held-out loss?",
         "How noisy does dropout make the gradient?",
         "Does the noise lie along the curvature?",
+        "What does training with dropout descend?",
+        "Does the modified loss describe descent with one mask?",
+        "What would other rates cost?",
         "Which other dropout would cost the same?",
     ):
         assert title in page
@@ -74,6 +98,8 @@ def test_pages_and_json(found, tmp_path):
     parts = [numbers["gap"][p]["value"] for p in ("spread", "shift", "norm_mode", "generalization")]
     assert sum(parts) == pytest.approx(numbers["gap"]["gap"]["value"], abs=1e-12)
     assert numbers["alignment"]["parameters"] > 0
+    assert numbers["modified_loss"]["implicit"]["value"] > 0
+    assert len(numbers["penalty_curve"]["total"]) == len(numbers["penalty_curve"]["rates"])
 
 
 def test_without_held_out_data_the_page_says_what_is_missing():
@@ -100,7 +126,7 @@ def test_comparisons_tell_the_gap_of_every_set(tmp_path):
     plain = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
     sets = {"with": [network(), network()], "without": plain}
     found = dl.compare(
-        sets, (x, y), loss, held_out=apart, draws=5, directions=1, measures=ASKED[:1], seed=0
+        sets, (x, y), loss, held_out=apart, draws=5, directions=1, measures=ASKED, seed=0
     )
     assert all("gap" in i.extras for each in found.sets.values() for i in each)
     page = found.to_html(tmp_path / "page.html").read_text()

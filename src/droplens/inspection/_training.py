@@ -9,9 +9,13 @@ from torch import Tensor
 from droplens.batches import Batch, in_parts, n_examples
 from droplens.dynamics import (
     Alignment,
+    FrozenMaskOrder,
     GapExplained,
     GradientNoise,
+    ModifiedLoss,
     explain_gap,
+    frozen_mask_order,
+    modified_loss,
 )
 from droplens.dynamics._alignment import alignment_on
 from droplens.dynamics._masked import MaskedLosses
@@ -19,8 +23,8 @@ from droplens.dynamics._noise import noise_on
 from droplens.inspection._extra import Extra
 from droplens.inspection._sizes import MOST_PASSES, MOST_WEIGHTS, targets_of
 from droplens.inspection._subject import Subject
-from droplens.masks import Bernoulli, Block, Channel, Law, Path
-from droplens.penalties import EquivalentRates, equivalent_rates
+from droplens.masks import Bernoulli, Block, Channel, Gaussian, Law, Path, Weight
+from droplens.penalties import EquivalentRates, PenaltyCurve, equivalent_rates, penalty_curve
 from droplens.randomness import private_generator
 from droplens.verdicts import Verdict
 
@@ -32,10 +36,16 @@ _PROBES: Final = 64
 _MOST_EXAMPLES: Final = 2048
 _LAWS: Final[Mapping[str, Law]] = {
     "a coin per unit (Dropout)": Bernoulli(0.5),
+    "a normal factor per unit (GaussianDropout)": Gaussian(0.5),
     "a coin per channel (Dropout2d)": Channel(0.5),
     "blocks of 3 (DropBlock)": Block(0.5, 3),
     "a coin per example (DropPath)": Path(0.5),
+    "a coin per weight (DropConnect)": Weight(0.5),
 }
+_RATES: Final = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
+# R_2 is proportional to it.
+_STEP: Final = 0.1
+_MODIFIED_DRAWS: Final = 50
 
 
 def _first(on: Subject) -> tuple[Batch, Tensor]:
@@ -76,17 +86,43 @@ def _gap(on: Subject) -> GapExplained:
     return explain_gap(on.model, on.batches, on.held_out, on.loss, _GAP_DRAWS, seed=on.seed)
 
 
+def _modified(on: Subject) -> ModifiedLoss:
+    batch, targets = _first(on)
+    return modified_loss(
+        on.model, batch.inputs, targets, on.loss, _STEP, _MODIFIED_DRAWS, seed=on.seed
+    )
+
+
+def _order(on: Subject) -> FrozenMaskOrder:
+    if on.sizes.weights > MOST_WEIGHTS:
+        raise ValueError(
+            f"its descents take too long for a page ({on.sizes.weights:,} trainable numbers); "
+            "droplens.dynamics.frozen_mask_order makes them"
+        )
+    batch, targets = _first(on)
+    return frozen_mask_order(on.model, batch.inputs, targets, on.loss, seed=on.seed)
+
+
+def _check_passes(on: Subject, name: str) -> None:
+    if on.sizes.passes > MOST_PASSES:
+        raise ValueError(
+            f"it takes {on.sizes.passes:,} backward passes over a batch, several times; "
+            f"droplens.{name} computes it all the same"
+        )
+
+
+def _curve(on: Subject) -> PenaltyCurve:
+    _check_passes(on, "penalty_curve")
+    return penalty_curve(on.model, on.batches, on.loss, _RATES)
+
+
 def _rates(on: Subject) -> EquivalentRates:
     """Of every law that fits the sites.
 
     Raises:
         ValueError: if none does, or it takes too long for a page.
     """
-    if on.sizes.passes > MOST_PASSES:
-        raise ValueError(
-            f"it takes {on.sizes.passes:,} backward passes over a batch, several times; "
-            "droplens.equivalent_rates computes it all the same"
-        )
+    _check_passes(on, "equivalent_rates")
     batch, targets = _first(on)
     found: EquivalentRates | None = None
     unfit: dict[str, str] = {}
@@ -112,6 +148,13 @@ TRAINING: Final[Mapping[str, Extra]] = {
     "gap": Extra(_gap, "with held_out= splits training minus held-out loss into its causes"),
     "gradient_noise": Extra(_noise, "gives the noise that masks put on the gradient, by site"),
     "alignment": Extra(_alignment, "holds that noise against the Hessian, beside a null"),
+    "modified_loss": Extra(
+        _modified, "gives R_S, R_1 and R_2, what training with dropout descends"
+    ),
+    "frozen_mask_order": Extra(
+        _order, "tests on this network what R_2 describes: descent with one mask, held fixed"
+    ),
+    "penalty_curve": Extra(_curve, "gives what other rates would cost this network"),
     "equivalent_rates": Extra(_rates, "gives the rates at which other masks cost the same"),
 }
 

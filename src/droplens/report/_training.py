@@ -3,11 +3,19 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
-from droplens.dynamics import Alignment, GapExplained, GradientNoise
+from torch import Tensor
+
+from droplens.dynamics import (
+    Alignment,
+    FrozenMaskOrder,
+    GapExplained,
+    GradientNoise,
+    ModifiedLoss,
+)
 from droplens.estimates import Estimate
-from droplens.penalties import EquivalentRates
+from droplens.penalties import EquivalentRates, PenaltyCurve
 from droplens.report._document import Column, Section, Table
-from droplens.report._figures import bars
+from droplens.report._figures import Curve, bars, lines
 from droplens.report._weights import over
 
 _GAP_TEXT = (
@@ -34,6 +42,21 @@ _ALIGNED_TEXT = (
 _RATES_TEXT = (
     "Rates at which other masks in the place of the network's own would cost the same, by the "
     "Gaussian value. A network trained with them would be another network."
+)
+_MODIFIED_TEXT = (
+    "R_S is the loss without dropout, R_1 what dropout adds to it, and R_2 = (ε/4) E‖∇R(w, z)‖² "
+    "what steps of size ε add. R_S + R_1 + R_2 is what gradient descent with a mask *held fixed* "
+    "descends. With fresh masks only the drift (ε/4)‖∇(R_S + R_1)‖² is descended; the rest of R_2 "
+    "comes with the noise."
+)
+_ORDER_TEXT = (
+    "Gradient descent of step ε with one mask held fixed, against two gradient flows from the same "
+    "weights. The distance to the flow of R + (ε/4)‖∇R‖² falls as ε², that to the flow of R as ε. "
+    "Kinks (ReLU) that a trajectory crosses, and steps too long for the curvature, disturb both."
+)
+_CURVE_TEXT = (
+    "What dropout would cost this network, without a mask, were every site at the same rate: the "
+    "Gaussian value and the second order. A network trained at that rate would be another network."
 )
 
 
@@ -170,6 +193,81 @@ def _aligned(sets: Mapping[str, Sequence[Alignment]], unit: str) -> Section:
     return Section("Does the noise lie along the curvature?", _ALIGNED_TEXT, [table])
 
 
+def _modified(sets: Mapping[str, Sequence[ModifiedLoss]], unit: str) -> Section:
+    parts: dict[str, Callable[[ModifiedLoss], Estimate]] = {
+        "R_S": lambda m: m.risk,
+        "R_1": lambda m: m.explicit,
+        "R_2": lambda m: m.implicit,
+        "drift in R_2": lambda m: m.drift,
+        "noise in R_2": lambda m: m.diffusion,
+        "R_S + R_1 + R_2": lambda m: m.total,
+    }
+    rows = [
+        (name, *(_shown([read(m) for m in found]) for read in parts.values()))
+        for name, found in sets.items()
+    ]
+    step = next(iter(sets.values()))[0].learning_rate
+    table = Table(
+        [Column("set"), *(Column(part, unit) for part in parts)],
+        rows,
+        f"The modified loss at step size ε = {step:g}",
+        "R_2 and its parts are proportional to ε. Of one batch.",
+    )
+    return Section("What does training with dropout descend?", _MODIFIED_TEXT, [table])
+
+
+def _order(sets: Mapping[str, Sequence[FrozenMaskOrder]], unit: str) -> Section:
+    rows: list[tuple[Any, ...]] = []
+    for name, found in sets.items():
+        for k, size in enumerate(found[0].step_sizes):
+            distances = ([f.to_modified[k] for f in found], [f.to_plain[k] for f in found])
+            rows.append((name, f"{size:g}", *map(over, distances)))
+        orders = ([f.modified_order for f in found], [f.plain_order for f in found])
+        rows.append((name, "exponent of ε", *map(over, orders)))
+    columns = [
+        Column("set"),
+        Column("step size ε"),
+        Column("to the modified flow", "weights"),
+        Column("to the plain flow", "weights"),
+    ]
+    time = next(iter(sets.values()))[0].time
+    table = Table(columns, rows, f"Distance of gradient descent from two flows at time {time:g}")
+    return Section("Does the modified loss describe descent with one mask?", _ORDER_TEXT, [table])
+
+
+def _curve(sets: Mapping[str, Sequence[PenaltyCurve]], unit: str) -> Section:
+    rows: list[tuple[Any, ...]] = []
+    curves = {}
+    kinds: dict[str, Callable[[PenaltyCurve], Tensor]] = {
+        "Gaussian": lambda c: c.total,
+        "second order": lambda c: c.second_order,
+    }
+    for name, found in sets.items():
+        percents = [100 * p for p in found[0].rates]
+        values: dict[str, list[Estimate | float]] = {}
+        for kind, read in kinds.items():
+            each = [read(f).tolist() for f in found]
+            values[kind] = [over(at_rate) for at_rate in zip(*each, strict=True)]
+            line = [float(value) for value in values[kind]]
+            curves[f"{name}, {kind}"] = Curve(percents, line)
+        rows += [(p, name, *row) for p, *row in zip(percents, *values.values(), strict=True)]
+    columns = [Column("rate", "%"), Column("set"), *(Column(kind, unit) for kind in kinds)]
+    left_out = {
+        site: why for found in sets.values() for f in found for site, why in f.unmeasured.items()
+    }
+    blocks: list[Any] = [
+        Table(columns, rows, "What other rates would cost", _sentences(left_out)),
+        lines(
+            curves, title="What other rates would cost", x="rate (%)", y=f"cost of dropout ({unit})"
+        ),
+    ]
+    return Section("What would other rates cost?", _CURVE_TEXT, blocks)
+
+
+def _sentences(reasons: Mapping[str, str]) -> str:
+    return " ".join(f"{name}: {why}." for name, why in reasons.items())
+
+
 def _rates(sets: Mapping[str, Sequence[EquivalentRates]], unit: str) -> Section:
     rows = []
     unreached: dict[str, str] = {}
@@ -179,7 +277,7 @@ def _rates(sets: Mapping[str, Sequence[EquivalentRates]], unit: str) -> Section:
             rows.append((law, name, over([100 * rate for rate in rates])))
         unreached |= found[0].unreached
     columns = [Column("mask"), Column("set"), Column("rate of the same cost", "%")]
-    note = " ".join(f"{law}: {why}." for law, why in unreached.items())
+    note = _sentences(unreached)
     table = Table(columns, rows, "Rates of other masks that cost the same", note)
     return Section("Which other dropout would cost the same?", _RATES_TEXT, [table])
 
@@ -188,5 +286,8 @@ TRAINING: Final[Mapping[str, Callable[[Mapping[str, Sequence[Any]], str], Sectio
     "gap": _gap,
     "gradient_noise": _noise,
     "alignment": _aligned,
+    "modified_loss": _modified,
+    "frozen_mask_order": _order,
+    "penalty_curve": _curve,
     "equivalent_rates": _rates,
 }
