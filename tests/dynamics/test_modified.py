@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import droplens as dl
 from tests.discovery.test_sites import Raises, assert_same_state, state_of
@@ -54,6 +55,43 @@ def test_parts_add_up_to_rounding():
     assert found.total.value == pytest.approx(
         found.risk.value + found.explicit.value + found.implicit.value, rel=1e-12
     )
+
+
+@pytest.mark.parametrize(("loss", "y"), LOSSES, ids=["squared", "cross entropy"])
+def test_a_loader_is_one_large_batch(loss, y):
+    """One example a batch; the enumeration knows both at once."""
+    loader = DataLoader(TensorDataset(x, y), batch_size=1)
+    found = dl.modified_loss(network(), loader, None, loss, EPSILON, 600, seed=0)
+    risk, explicit, *parts = truth(network(), y, loss)
+    assert found.risk.value == pytest.approx(risk, rel=1e-12)
+    if found.method == "closed form":
+        assert found.explicit.value == pytest.approx(explicit, rel=1e-12)
+    else:
+        assert abs(z(found.explicit, explicit)) <= 4
+    for estimate, value in zip((found.implicit, found.drift, found.diffusion), parts, strict=True):
+        assert abs(z(estimate, value)) <= 4
+    assert dl.gradient_noise(network(), loader, None, loss, 4).examples == 2
+
+
+def test_batches_count_by_what_their_means_divide_by():
+    """Class weights, one of them zero, and an ignored label; without dropout numbers are exact."""
+    y = torch.tensor([0, 0, -100, 1, 2])
+    batches = [(randn(5, 2)[k : k + 2], y[k : k + 2]) for k in (0, 2, 4)]
+    weight = torch.tensor([0.0, 3.0, 1.0]).double()
+    net = network(0.0, classes=3)
+    for reduction in ("mean", "sum"):
+        loss = nn.CrossEntropyLoss(weight, reduction=reduction)
+        parts = dl.modified_loss(net, iter_again(batches), None, loss, EPSILON)
+        whole = dl.modified_loss(net, randn(5, 2), y, loss, EPSILON)
+        assert parts.risk.value == pytest.approx(whole.risk.value, rel=1e-12)
+        assert parts.implicit.value == pytest.approx(whole.implicit.value, rel=1e-12)
+    with pytest.raises(ValueError, match="the loss weighs every one of the targets by zero"):
+        dl.modified_loss(net, x, y[:2], nn.CrossEntropyLoss(weight), EPSILON)
+
+
+def iter_again(batches):
+    """A loader; a list would be taken for a tuple of inputs."""
+    return DataLoader(batches, batch_size=None)
 
 
 def rarely_dropped():

@@ -9,7 +9,7 @@ from torch import nn
 import droplens as dl
 from droplens.batches import Batch
 from droplens.dynamics import noise_alignment
-from droplens.dynamics._masked import MaskedLoss, MaskedLosses
+from droplens.dynamics._masked import MaskedLoss
 from droplens.gates import masks_off
 from tests.reference_dynamics import covariance, dense_hessian, gradients, network, randn
 
@@ -166,8 +166,8 @@ def test_gradients_of_batches_add_up_to_that_of_all(reduction):
     model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Dropout(0.5), nn.Linear(3, 3)).double()
     x, y = torch.randn(11, 4, dtype=torch.float64), torch.randint(3, (11,))
     loss = nn.CrossEntropyLoss(torch.tensor([1.0, 2.0, 3.0]).double(), reduction=reduction)
-    whole = MaskedLoss(model, x, y, loss)
-    parts = MaskedLosses(model, [Batch(x[:4], y[:4]), Batch(x[4:], y[4:])], loss)
+    whole = MaskedLoss(model, [Batch(x, y)], loss)
+    parts = MaskedLoss(model, [Batch(x[:4], y[:4]), Batch(x[4:], y[4:])], loss)
     with masks_off(model):
         value, gradient = whole.gradient()
         total, summed = parts.gradient()

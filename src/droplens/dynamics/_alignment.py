@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from droplens.batches import Batch, checked_passes
-from droplens.dynamics._masked import MaskedLosses, check_draws, difference, fresh_masks
+from droplens.dynamics._masked import MaskedLoss, check_draws, difference, fresh_masks
 from droplens.estimates import Estimate
 from droplens.gates import masks_off
 from droplens.measure._masks import Applied
@@ -117,7 +117,7 @@ def alignment_on(
     Raises:
         ValueError: as `noise_alignment`.
     """
-    masked = MaskedLosses(model, batches, loss)
+    masked = MaskedLoss(model, batches, loss)
     if masked.is_idle(masked.lawful):
         raise ValueError("no site of the model drops anything, so there is no noise to align")
     source, used_seed = private_generator(generator, seed, masked.device)
@@ -176,7 +176,7 @@ def _left_out(values: Tensor) -> Tensor:
     return (values.sum() - values) / (len(values) - 1)
 
 
-def _noise(masked: MaskedLosses, H: LossHessian, count: int, source: torch.Generator) -> _Noise:
+def _noise(masked: MaskedLoss, H: LossHessian, count: int, source: torch.Generator) -> _Noise:
     # At least four at once: with pairs alone, leaving a draw out leaves its partner alone.
     held = max(4, min(count, _HELD // H.size))
     crosses, formed = torch.zeros(2, count, count, dtype=torch.float64)
@@ -194,7 +194,7 @@ def _noise(masked: MaskedLosses, H: LossHessian, count: int, source: torch.Gener
     return _Noise(products, squares, crosses, formed)
 
 
-def _draw(masked: MaskedLosses, source: torch.Generator) -> Tensor:
+def _draw(masked: MaskedLoss, source: torch.Generator) -> Tensor:
     """One δ, flat, float64 on the CPU."""
     with masked.under(fresh_masks(source, masked.lawful)):
         delta = difference(masked.gradient()[1], masked.gradient()[1], math.sqrt(0.5))

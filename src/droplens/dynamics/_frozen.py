@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from droplens.batches import Batch
 from droplens.calling import predictions
 from droplens.discovery import Call
 from droplens.dynamics._masked import Gradient, MaskedLoss, check_learning_rate
@@ -95,7 +96,7 @@ def frozen_mask_order(
             raise ValueError(f"step_sizes has to divide time = {time}, but {size} does not")
     twin = copy.deepcopy(model).double()
     double = _in_double(inputs)
-    masked = MaskedLoss(twin, double, targets, loss)
+    masked = MaskedLoss(twin, [Batch(double, targets)], loss)
     source, used_seed = private_generator(generator, seed, masked.device)
     kept: dict[str, Tensor] = {}
 

@@ -15,6 +15,7 @@ from droplens.dynamics._training import nothing_dropped
 from droplens.gates import draw_masks, masks_off, masks_replaced
 from droplens.measure._checks import trainable
 from droplens.measure._risk import Loss, labelled
+from droplens.penalties._pooling import streamed
 
 Visit = Callable[[Call, Tensor], Tensor]
 Gradient = tuple[Tensor, ...]
@@ -63,31 +64,54 @@ def check_sites(wanted: Collection[str] | None, lawful: list[str]) -> list[str]:
     return lawful if wanted is None else list(wanted)
 
 
-class MaskedLoss:
-    """R(w, z) on one batch: dropout by masks that are ours, norm layers in eval.
+def batches_of(model: nn.Module, inputs: Any, targets: Tensor | None) -> Iterable[Batch]:
+    """The one batch that a caller gave, or those of a loader, streamed."""
+    batches = streamed(inputs, targets, model)
+    return [Batch(inputs, targets)] if batches is None else batches
 
-    The loss is evaluated in double precision, because what masks change is small.
+
+@final
+class MaskedLoss:
+    """R(w, z) on all of `batches` together, under masks that are ours, norm layers in eval.
+
+    The loss is evaluated in double precision, because what masks change is small. Batches are
+    gone through again for every mask, and one batch's graph is held at a time; `inputs` and
+    `outputs` are those of the first.
 
     Raises:
         TypeError: if the loss is not a loss, or the model returns no tensor.
         ValueError: for bad inputs, targets or weights, or if no weight is trainable.
     """
 
-    def __init__(self, model: nn.Module, inputs: Any, targets: Tensor, loss: Any) -> None:
-        check_inputs(inputs)
-        self.model, self.inputs = model, inputs
+    def __init__(self, model: nn.Module, batches: Iterable[Batch], loss: Any) -> None:
+        self._batches = batches
+        self.model, self.inputs = model, next(iter(batches)).inputs
+        check_inputs(self.inputs)
         self.parameters = list(trainable(model).values())
-        self.sites = find_sites(model, inputs)
-        with torch.no_grad(), masks_off(model):
-            outputs = predictions(model, inputs)
-        check_outputs(model, outputs)
-        Loss(loss).check(outputs, targets)
-        own = copy.deepcopy(loss)
+        self.sites = find_sites(model, self.inputs)
+        given, own = Loss(loss), copy.deepcopy(loss)
         self._loss = Loss(own.double() if isinstance(own, nn.Module) else own)
-        self._targets = targets.double() if targets.is_floating_point() else targets
-        self.device = outputs.device
-        self.outputs = outputs
-        self.base = float(self.loss_of(outputs))
+        with torch.no_grad(), masks_off(model):
+            self.outputs = predictions(model, self.inputs)
+            self.device = self.outputs.device
+            found = [self._undropped(given, *batch) for batch in labelled(self._batches)]
+        masses, values, counts = zip(*found, strict=True)
+        self.examples = sum(counts)
+        whole = given.whole(sum(masses))
+        if not whole:
+            raise ValueError(
+                "the loss weighs every one of the targets by zero; there is nothing to measure"
+            )
+        self._shares = [mass / whole for mass in masses]
+        self.base = sum(s * v for s, v in zip(self._shares, values, strict=True) if s)
+
+    def _undropped(self, loss: Loss, batch: Batch, targets: Tensor) -> tuple[float, float, int]:
+        """What a batch counts, its loss and its number of examples."""
+        outputs = predictions(self.model, batch.inputs)
+        check_outputs(self.model, outputs)
+        loss.check(outputs, targets)
+        value = float(self._loss_of(outputs, targets))
+        return loss.mass(batch, outputs), value, n_examples(batch.inputs)
 
     @property
     def lawful(self) -> list[str]:
@@ -104,13 +128,25 @@ class MaskedLoss:
         return all(_rate(site) == 0 for site in self.sites if site.name in names)
 
     def loss_of(self, outputs: Tensor) -> Tensor:
-        """The loss at given predictions."""
-        return self._loss.value(outputs.double(), self._targets)
+        """The loss at given predictions for the first batch."""
+        _, targets = next(labelled(self._batches))
+        return self._loss_of(outputs, targets)
+
+    def _loss_of(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        double = targets.double() if targets.is_floating_point() else targets
+        return self._loss.value(outputs.double(), double)
 
     def gradient(self) -> tuple[float, Gradient]:
-        """R(w, z) and ∇R(w, z) in one pass; the masks are those of the context it is called in."""
-        value = self.loss_of(predictions(self.model, self.inputs))
-        return float(value.detach()), self.differentiate(value)
+        """R(w, z) and ∇R(w, z); the masks are those of the context it is called in."""
+        whole, total = 0.0, tuple[Tensor, ...]()
+        for share, (batch, targets) in zip(self._shares, labelled(self._batches), strict=True):
+            if not share:  # classes of weight zero alone
+                continue
+            value = share * self._loss_of(predictions(self.model, batch.inputs), targets)
+            gradient = self.differentiate(value)
+            whole += float(value.detach())
+            total = tuple(map(torch.add, total, gradient)) if total else gradient
+        return whole, total
 
     def differentiate(self, value: Tensor, create_graph: bool = False) -> Gradient:
         """∇value in the trainable weights; zeros where it does not depend on them.
@@ -134,45 +170,6 @@ class MaskedLoss:
     def under(self, visit: Visit) -> Any:
         """A context in which `visit` drops the units of every site that has a law."""
         return masks_replaced(self.model, visit)
-
-
-@final
-class MaskedLosses:
-    """R(w, z) on several batches, each under masks of its own; gradients as `MaskedLoss` has them.
-
-    One batch's graph is held at a time.
-
-    Raises:
-        TypeError: if the loss is not a loss, or the model returns no tensor.
-        ValueError: for bad inputs, targets or weights, or if no weight is trainable.
-    """
-
-    def __init__(self, model: nn.Module, batches: Iterable[Batch], loss: Any) -> None:
-        plain, masses = Loss(loss), []
-        self._each: list[MaskedLoss] = []
-        self.examples = 0
-        for batch, targets in labelled(batches):
-            one = MaskedLoss(model, batch.inputs, targets, loss)
-            self._each.append(one)
-            masses.append(plain.mass(batch, one.outputs))
-            self.examples += n_examples(batch.inputs)
-        self._shares = [mass / plain.whole(sum(masses)) for mass in masses]
-        first = self._each[0]
-        self.model, self.parameters, self.device = model, first.parameters, first.device
-        self.lawful, self.unmeasured = first.lawful, first.unmeasured
-        self.is_idle, self.under = first.is_idle, first.under
-
-    def gradient(self) -> tuple[float, Gradient]:
-        """R(w, z) and ∇R(w, z), batch after batch."""
-        if len(self._each) == 1:
-            return self._each[0].gradient()
-        total, summed = 0.0, [torch.zeros_like(p) for p in self.parameters]
-        for share, one in zip(self._shares, self._each, strict=True):
-            value, gradient = one.gradient()
-            total += share * value
-            for whole, part in zip(summed, gradient, strict=True):
-                whole.add_(part, alpha=share)
-        return total, tuple(summed)
 
 
 def fresh_masks(source: torch.Generator, names: Collection[str]) -> Visit:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from droplens.dynamics._affine import is_affine
-from droplens.dynamics._masked import MaskedLoss, check_draws, check_learning_rate
+from droplens.dynamics._masked import MaskedLoss, batches_of, check_draws, check_learning_rate
 from droplens.dynamics._pairs import mean_over_pairs, pairs_of
 from droplens.estimates import Estimate, exact
 from droplens.losses import Family
@@ -34,6 +34,7 @@ class ModifiedLoss:
         draws: masks drawn.
         seed: repeats the draws.
         unmeasured: sites without a law, and why; they were off.
+        examples: how many it is of.
     """
 
     risk: Estimate
@@ -47,12 +48,13 @@ class ModifiedLoss:
     draws: int
     seed: int
     unmeasured: Mapping[str, str] = field(default_factory=dict)
+    examples: int = 0
 
 
 def modified_loss(
     model: nn.Module,
     inputs: Any,
-    targets: Tensor,
+    targets: Tensor | None,
     loss: Any,
     learning_rate: float,
     draws: int = 100,
@@ -75,8 +77,9 @@ def modified_loss(
     Args:
         model: any torch module; its sites' train-mode laws count, whatever mode it is in, and
             norm layers are in eval.
-        inputs: a tensor, a tuple of positional or a mapping of keyword arguments: the batch.
-        targets: what the loss compares with.
+        inputs: a tensor, a tuple of positional or a mapping of keyword arguments: the batch; or a
+            loader or data set of (inputs, targets), streamed for every mask as one large batch.
+        targets: what the loss compares with; None for a loader, which brings them.
         loss: a loss object; units and reduction are its own.
         learning_rate: ε, the step size of gradient descent on this loss.
         draws: masks to draw, in pairs: an even number of at least 4; a gradient each.
@@ -98,11 +101,11 @@ def modified_loss(
     """
     check_draws(draws)
     epsilon = check_learning_rate(learning_rate)
-    masked = MaskedLoss(model, inputs, targets, loss)
+    masked = MaskedLoss(model, batches_of(model, inputs, targets), loss)
     source, used_seed = private_generator(generator, seed, masked.device)
     lawful = masked.lawful
     idle = masked.is_idle(lawful)
-    closed = None if idle else _closed_form(masked, targets, loss, source)
+    closed = None if idle else _closed_form(masked, inputs, targets, loss, source)
     pairs = pairs_of(masked, lawful, 2 if idle else draws, source)
     if closed is None:
         explicit, dropped = mean_over_pairs(pairs.loss - masked.base, idle), pairs.loss
@@ -120,11 +123,12 @@ def modified_loss(
         draws,
         used_seed,
         masked.unmeasured,
+        masked.examples,
     )
 
 
 def _closed_form(
-    masked: MaskedLoss, targets: Tensor, loss: Any, source: torch.Generator
+    masked: MaskedLoss, inputs: Any, targets: Tensor | None, loss: Any, source: torch.Generator
 ) -> float | None:
     """R_1 without masks, where the loss is quadratic and the outputs affine in the gates."""
     try:
@@ -134,6 +138,6 @@ def _closed_form(
     if not family.quadratic or not is_affine(masked.model, masked.inputs, source):
         return None
     with torch.no_grad():
-        value = penalty(masked.model, masked.inputs, loss, "second_order", targets=targets)
+        value = penalty(masked.model, inputs, loss, "second_order", targets=targets)
     # A mask that mixes examples has a gap, but no penalty.
     return float(value) if set(masked.lawful) <= set(value.by_site) else None

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from droplens.batches import Batch
-from droplens.dynamics._masked import MaskedLosses, check_draws, check_sites
+from droplens.dynamics._masked import MaskedLoss, batches_of, check_draws, check_sites
 from droplens.dynamics._pairs import mean_over_pairs, pairs_of
 from droplens.estimates import Estimate, exact
 from droplens.randomness import private_generator
@@ -43,7 +42,7 @@ class GradientNoise:
 def gradient_noise(
     model: nn.Module,
     inputs: Any,
-    targets: Tensor,
+    targets: Tensor | None,
     loss: Any,
     draws: int = 100,
     *,
@@ -60,8 +59,9 @@ def gradient_noise(
     Args:
         model: any torch module; its sites' train-mode laws count, whatever mode it is in, and
             norm layers are in eval.
-        inputs: a tensor, a tuple of positional or a mapping of keyword arguments: the batch.
-        targets: what the loss compares with.
+        inputs: a tensor, a tuple of positional or a mapping of keyword arguments: the batch; or a
+            loader or data set of (inputs, targets), streamed for every mask as one large batch.
+        targets: what the loss compares with; None for a loader, which brings them.
         loss: a loss object; units and reduction are its own.
         draws: masks to draw for each row: an even number of at least 4; a gradient each.
         sites: names of the sites to list alone; all of them if not given, none if empty.
@@ -83,13 +83,13 @@ def gradient_noise(
         ValueError: for a bad number of draws, an unknown site, bad inputs, targets or weights.
     """
     check_draws(draws)
-    masked = MaskedLosses(model, [Batch(inputs, targets)], loss)
+    masked = MaskedLoss(model, batches_of(model, inputs, targets), loss)
     source, used_seed = private_generator(generator, seed, masked.device)
     return noise_on(masked, draws, check_sites(sites, masked.lawful), source, used_seed)
 
 
 def noise_on(
-    masked: MaskedLosses, draws: int, alone: Collection[str], source: torch.Generator, seed: int
+    masked: MaskedLoss, draws: int, alone: Collection[str], source: torch.Generator, seed: int
 ) -> GradientNoise:
     """The noise on the gradient of all these batches together."""
     lawful = masked.lawful

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from droplens.dynamics._masked import (
     MaskedLoss,
-    MaskedLosses,
     difference,
     fresh_masks,
     squared_norm,
@@ -37,7 +36,7 @@ class Pairs:
 
 
 def pairs_of(
-    masked: MaskedLoss | MaskedLosses,
+    masked: MaskedLoss,
     names: Collection[str],
     draws: int,
     source: torch.Generator,

@@ -6,7 +6,7 @@ from typing import Final
 
 from torch import Tensor
 
-from droplens.batches import Batch, in_parts, n_examples
+from droplens.batches import Batch, as_batches, in_parts, n_examples
 from droplens.dynamics import (
     Alignment,
     FrozenMaskOrder,
@@ -18,7 +18,7 @@ from droplens.dynamics import (
     modified_loss,
 )
 from droplens.dynamics._alignment import alignment_on
-from droplens.dynamics._masked import MaskedLosses
+from droplens.dynamics._masked import MaskedLoss
 from droplens.dynamics._noise import noise_on
 from droplens.inspection._extra import Extra
 from droplens.inspection._sizes import MOST_PASSES, MOST_WEIGHTS, targets_of
@@ -66,7 +66,7 @@ def _some(on: Subject) -> list[Batch]:
 
 
 def _noise(on: Subject) -> GradientNoise:
-    masked = MaskedLosses(on.model, _some(on), on.loss)
+    masked = MaskedLoss(on.model, _some(on), on.loss)
     source, seed = private_generator(None, on.seed, masked.device)
     return noise_on(masked, _NOISE_DRAWS, masked.lawful, source, seed)
 
@@ -87,10 +87,8 @@ def _gap(on: Subject) -> GapExplained:
 
 
 def _modified(on: Subject) -> ModifiedLoss:
-    batch, targets = _first(on)
-    return modified_loss(
-        on.model, batch.inputs, targets, on.loss, _STEP, _MODIFIED_DRAWS, seed=on.seed
-    )
+    batches = as_batches(_some(on))
+    return modified_loss(on.model, batches, None, on.loss, _STEP, _MODIFIED_DRAWS, seed=on.seed)
 
 
 def _order(on: Subject) -> FrozenMaskOrder:

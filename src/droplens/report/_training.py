@@ -206,12 +206,12 @@ def _modified(sets: Mapping[str, Sequence[ModifiedLoss]], unit: str) -> Section:
         (name, *(_shown([read(m) for m in found]) for read in parts.values()))
         for name, found in sets.items()
     ]
-    step = next(iter(sets.values()))[0].learning_rate
+    first = next(iter(sets.values()))[0]
     table = Table(
         [Column("set"), *(Column(part, unit) for part in parts)],
         rows,
-        f"The modified loss at step size ε = {step:g}",
-        "R_2 and its parts are proportional to ε. Of one batch.",
+        f"The modified loss at step size ε = {first.learning_rate:g}",
+        f"Of {first.examples} examples as one batch. R_2 and its parts are proportional to ε.",
     )
     return Section("What does training with dropout descend?", _MODIFIED_TEXT, [table])
 
