@@ -151,8 +151,14 @@ def check_inputs(inputs: Any) -> None:
     for tensor in tensors:
         if tensor.is_meta:
             raise ValueError("inputs is on the meta device, which holds no numbers; pass real data")
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if tensor.is_floating_point() and not _finite(tensor):
             raise ValueError("inputs holds NaN or Inf; clean the data first")
+
+
+def _finite(tensor: Tensor) -> bool:
+    """Whether all numbers are; a finite sum says so in one pass."""
+    numbers = tensor.detach()
+    return bool(torch.isfinite(numbers.sum())) or bool(torch.isfinite(numbers).all())
 
 
 def check_outputs(model: nn.Module, outputs: Tensor) -> None:
@@ -161,10 +167,10 @@ def check_outputs(model: nn.Module, outputs: Tensor) -> None:
     Raises:
         ValueError: if a prediction is not finite.
     """
-    if bool(torch.isfinite(outputs.detach()).all()):
+    if _finite(outputs):
         return
     for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter.detach()).all()):
+        if not _finite(parameter):
             raise ValueError(f"the model's weight {name!r} holds NaN or Inf; the network is broken")
     raise ValueError(
         "the model's predictions hold NaN or Inf although its inputs and weights do not; "
