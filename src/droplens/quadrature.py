@@ -95,16 +95,16 @@ def softplus_excess(a: Tensor, variance: Tensor) -> Tensor:
     tensor([0.1129])
     """
     a = -a.abs()  # softplus(a) − softplus(−a) = a is linear, so the excess is even in a
-    s = variance.clamp_min(1e-20).sqrt()  # and even in s, so its slope at 0 is finite
     exponential = reached(a, variance) < _EXPONENTIAL
-    wide = ~exponential & (s >= _WIDE)
-    narrow = ~exponential & ~wide
-    out = torch.exp(torch.where(exponential, a, 0.0)) * torch.expm1(
-        torch.where(exponential, 0.5 * variance, 0.0)
-    )
-    out = out.masked_scatter(wide, _wide(a[wide], s[wide]))
-    filled: Tensor = out.masked_scatter(narrow, _narrow(a[narrow], s[narrow]))
-    return filled
+    wide = ~exponential & (variance >= _WIDE**2)
+    flat = torch.zeros_like(a).flatten()
+    for chosen, rule in ((exponential, _far), (wide, _wide), (~exponential & ~wide, _narrow)):
+        # Found once: indexing by a mask looks for its places every time.
+        places = chosen.flatten().nonzero().squeeze(1)
+        if len(places):
+            found = rule(*(t.flatten().index_select(0, places) for t in (a, variance)))
+            flat = flat.index_copy(0, places, found)
+    return flat.reshape(a.shape)
 
 
 # Below this logit softplus is its exponential to 0.15%.
@@ -119,8 +119,13 @@ def reached(a: Tensor, variance: Tensor) -> Tensor:
     return a.detach() + torch.maximum(6.5 * s, s.square())
 
 
-def _narrow(a: Tensor, s: Tensor) -> Tensor:
-    smooth = s.numel() == 0 or float(s.detach().max()) < 1.5
+def _far(a: Tensor, variance: Tensor) -> Tensor:
+    return torch.exp(a) * torch.expm1(0.5 * variance)
+
+
+def _narrow(a: Tensor, variance: Tensor) -> Tensor:
+    s = variance.clamp_min(1e-20).sqrt()  # the excess is even in s, so its slope at 0 is finite
+    smooth = float(s.detach().max()) < 1.5
     nodes, weights = (part.to(a) for part in _hermite(8 if smooth else 12))
     # softplus(a + x) − softplus(a) = log(1 + σ(a)(eˣ − 1)); odd parts cancel in the symmetric sum.
     steps = torch.expm1(s.unsqueeze(-1) * nodes)
@@ -128,7 +133,8 @@ def _narrow(a: Tensor, s: Tensor) -> Tensor:
     return excess
 
 
-def _wide(a: Tensor, s: Tensor) -> Tensor:
+def _wide(a: Tensor, variance: Tensor) -> Tensor:
+    s = variance.sqrt()
     u = a / s
     density = torch.exp(-0.5 * u.square()) / math.sqrt(2 * math.pi)
     ramp: Tensor = s * density + a * torch.special.ndtr(u)

@@ -87,30 +87,23 @@ class Categorical(Family):
         softmax gathers its spread from rare large steps of single d_c, which few points miss; so
         Σ E softplus(d_c) is integrated in one dimension each, and the points see the rest.
         """
-        n, n_classes = f.shape
         m = covariance.shape[-1]
-        if n_classes == 1:
-            return f.new_zeros(n)
+        if f.shape[-1] == 1:
+            return f.new_zeros(len(f))
         top = f.detach().argmax(-1, keepdim=True)
-        column = torch.arange(n_classes - 1, device=f.device)
-        rest = column + (column >= top)  # (n, C − 1), all classes but the top one
         lifted = F.pad(covariance_factor(covariance), (0, 0, 0, 1))  # the last class stays put
-        lifted = lifted.take_along_dim(rest.unsqueeze(-1), 1) - lifted.take_along_dim(
-            top.unsqueeze(-1), 1
-        )
-        d = f.gather(1, rest) - f.gather(1, top)
+        # The top class itself has neither noise nor part in what follows.
+        lifted = lifted - lifted.gather(1, top.unsqueeze(-1).expand(-1, -1, m))
+        d = f - f.gather(1, top)
         variance = lifted.square().sum(-1)
         spread = softplus_excess(d, variance).sum(-1)
         if m == 1:
             return spread
         # Classes that the noise never carries near the top do not meet.
-        meets = (reached(d, variance) > _FAR).sum(-1) > 1
-        if bool(meets.any()):
-            points = normal_points(m, max(POINTS, 2 * m)).to(f)
-            share = torch.softmax(f, -1).gather(1, rest)
-            parts = (share[meets], d[meets], lifted[meets], points)
-            spread = spread.masked_scatter(meets, spread[meets] + _meeting(*parts))
-        return spread.clamp_min(0)
+        meet = ((reached(d, variance) > _FAR).sum(-1) > 2).nonzero().squeeze(1)
+        points = normal_points(m, max(POINTS, 2 * m)).to(f)
+        d, lifted = d.index_select(0, meet), lifted.index_select(0, meet)
+        return spread.index_add(0, meet, _meeting(d, lifted, points)).clamp_min(0)
 
     def _plain(self) -> bool:
         return self.weight is None and self.ignore_index < 0
@@ -190,12 +183,11 @@ class Categorical(Family):
             )
 
 
-def _meeting(share: Tensor, d: Tensor, lifted: Tensor, points: Tensor) -> Tensor:
-    """E[log(1 + Σ e^{d_c}) − Σ log(1 + e^{d_c})] over the noise minus its value without: (n).
-
-    `share` holds π_c of the classes c of `d`.
-    """
-    growth = torch.expm1((lifted @ points.mT).clamp_max(60.0))  # (n, C − 1, P); 60: no overflow
-    together = torch.log1p((share.unsqueeze(-2) @ growth).squeeze(-2))
-    apart = torch.log1p(torch.sigmoid(d).unsqueeze(-1) * growth).sum(-2)
+def _meeting(d: Tensor, lifted: Tensor, points: Tensor) -> Tensor:
+    """E[log Σ e^{d_c} − Σ log(1 + e^{d_c})] over the noise minus its value without: (n); d ≤ 0."""
+    growth = torch.expm1((lifted @ points.mT).clamp_max(60.0))  # (n, C, P); 60: no overflow
+    odds = torch.exp(d).unsqueeze(-1)
+    # Summed like this, because products of many small matrices are slow.
+    together = torch.log1p((odds / odds.sum(-2, keepdim=True) * growth).sum(-2))
+    apart = torch.log1p(odds / (1 + odds) * growth).sum(-2)
     return (together - apart).mean(-1)
