@@ -137,6 +137,42 @@ def test_batches_average_by_the_normalizer(case):
         assert combined == pytest.approx(float(loss(outputs, targets)))
 
 
+@pytest.mark.parametrize(
+    "logits",
+    [
+        [0.3, -1.0, 2.0, 0.0],
+        [2.0, 1.0],
+        [0.0, 0.0, 0.0],
+        [800.0, 0.0, -800.0],
+        [-800.0, 0.0, 800.0],
+        [0.0, -745.0, -745.0, 1.0],
+        [-math.inf, 3.0, 1.0],
+        [3.0, -math.inf, 1.0],
+        [3.0, 1.0, -math.inf],
+        [-math.inf, 0.0, -math.inf],
+    ],
+    ids=str,
+)
+def test_roots_of_the_softmax_hessian_have_one_column_less(logits):
+    """R Rᵀ = diag(π) − ππᵀ and d tr(R Rᵀ), also where classes have no probability at all."""
+    f = torch.tensor([[logits]], dtype=torch.float64, requires_grad=True)
+    root = family(nn.CrossEntropyLoss()).root(f)
+    assert root.shape == (1, 1, len(logits), len(logits) - 1)
+    share = torch.softmax(f, -1)
+    expected = torch.diag_embed(share) - share.mT @ share
+    torch.testing.assert_close(root @ root.mT, expected, rtol=1e-12, atol=1e-15)
+    found, wanted = (
+        torch.autograd.grad(trace, f)[0]
+        for trace in (root.square().sum(), 1 - share.square().sum())
+    )
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-15)
+
+
+def test_one_class_has_nothing_to_lose():
+    f = torch.zeros(2, 1, 1, dtype=torch.float64)
+    assert not family(nn.CrossEntropyLoss()).hessian(f).any()
+
+
 def test_unknown_losses_are_refused_by_name():
     with pytest.raises(TypeError, match="loss L1Loss is not one whose A"):
         family(nn.L1Loss())

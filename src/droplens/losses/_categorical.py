@@ -49,10 +49,22 @@ class Categorical(Family):
         return torch.softmax(f, -1)
 
     def root(self, f: Tensor) -> Tensor:
-        """Columns √π_c (e_c − π)."""
-        half = torch.exp(0.5 * torch.log_softmax(f, -1))  # √π, without a square root at 0
-        eye = torch.eye(f.shape[-1], dtype=f.dtype, device=f.device)
-        return half.unsqueeze(-2) * (eye - half.square().unsqueeze(-1))
+        """Columns √(π_k/(r_k r_{k+1})) (r_{k+1} e_k − Σ_{j>k} π_j e_j), r_k = Σ_{j≥k} π_j.
+
+        One less than classes, because H has no more rank than that: a backward pass spared.
+        """
+        classes = f.shape[-1]
+        if classes == 1:
+            return torch.zeros_like(f).unsqueeze(-1)
+        log = torch.log_softmax(f, -1).clamp_min(torch.finfo(f.dtype).min / 4)  # never −∞
+        rest = log.flip(-1).logcumsumexp(-1).flip(-1)  # log r
+        scale = 0.5 * (log - rest)[..., :-1] - 0.5 * rest[..., 1:]
+        row = torch.arange(classes, device=f.device).unsqueeze(-1)
+        column = row[:-1].T
+        entries = torch.where(row == column, rest[..., 1:].unsqueeze(-2), log.unsqueeze(-1))
+        # Before exp, which may overflow where nothing is wanted.
+        logs = (entries + scale.unsqueeze(-2)).masked_fill(row < column, -torch.inf)
+        return torch.where(row == column, 1.0, -1.0).to(f) * torch.exp(logs)
 
     def residual(self, f: Tensor, generator: torch.Generator | None) -> Tensor:
         """π − e_ŷ with ŷ ~ π."""

@@ -32,7 +32,7 @@ class Family(ABC):
 
     @abstractmethod
     def root(self, f: Tensor) -> Tensor:
-        """R with R Rᵀ = H = ∇²A(f): (n, T, C, C); its columns are cotangents."""
+        """R with R Rᵀ = H = ∇²A(f): (n, T, C, k), k ≤ C; its columns are cotangents."""
 
     @abstractmethod
     def residual(self, f: Tensor, generator: torch.Generator | None) -> Tensor:

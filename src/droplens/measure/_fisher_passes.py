@@ -35,15 +35,14 @@ class Cotangents:
     by_class: bool
 
     def __len__(self) -> int:
-        n_terms, n_classes = self.columns.shape[1:3]
-        return n_terms * n_classes if self.by_class else 1
+        return self.columns.shape[1] * self.columns.shape[-1] if self.by_class else 1
 
     def at(self, k: int, rows: slice) -> Tensor:
         """The k-th cotangent of some examples, (rows, T, C)."""
         columns = self.columns[rows]
         if not self.by_class:
             return columns
-        term, c = divmod(k, columns.shape[2])
+        term, c = divmod(k, columns.shape[-1])
         cotangent = torch.zeros_like(columns[..., 0])
         cotangent[:, term] = columns[:, term, :, c]
         return cotangent

@@ -234,9 +234,9 @@ def _second_order(network: Network, keep: bool) -> tuple[dict[str, Tensor], Tens
     by_site, total = _nothing(network)
     if not by_site:
         return by_site, total
-    root = network.family.root(f) * network.weights.sqrt()[..., None, None]  # (n, T, C, C)
+    root = network.family.root(f) * network.weights.sqrt()[..., None, None]  # (n, T, C, k)
     for term in range(f.shape[1]):
-        for c in range(f.shape[2]):
+        for c in range(root.shape[-1]):
             cotangent = torch.zeros_like(f)
             cotangent[:, term] = root[:, term, :, c]
             for name, each in _half_quadratics(network, cotangent, keep).items():
