@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from droplens.calling import predictions
 from droplens.discovery import Call, guarded, intercept, site_of, switch_on
 from droplens.masks import Law
+from droplens.products import OVERWRITTEN
 from droplens.reads import Followed, Reads
 
 _OUT_OF_REACH = (
@@ -28,13 +29,16 @@ _OUT_OF_REACH = (
 class Gate:
     """An open gate: `tensor` is all ones, of the site's shape, and the outputs depend on it.
 
-    Where the site masks a weight (DropConnect), all examples share the gate, and `weight` tells
-    which operations read it.
+    It multiplies the units h. `tap` is zeros added to them, whose gradient g comes without a
+    multiplication: that of the gate is h ∘ g. Where the site masks a weight (DropConnect), all
+    examples share the gate, and `weight` tells which operations read it.
     """
 
     name: str
     law: Law
     tensor: Tensor
+    units: Tensor
+    tap: Tensor
     weight: Followed | None = None
 
 
@@ -77,20 +81,27 @@ def masks_replaced(model: nn.Module, visit: Callable[[Call, Tensor], Tensor]) ->
 
 
 @final
-class _Gated(torch.autograd.Function):
-    """x ∘ g at g = 1, without multiplying by ones on the way back when no graph is wanted."""
+class _Tap(torch.autograd.Function):
+    """h ∘ (gate − 1) at gate = 1: zeros that take no memory, and lead back to the gate alone."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gate: Tensor) -> Tensor:
-        ctx.save_for_backward(x, gate)
-        return x.clone()  # what follows may write into it
+    def forward(ctx: Any, gate: Tensor, units: tuple[Tensor]) -> Tensor:
+        ctx.save_for_backward(*units)
+        return torch.zeros((), dtype=gate.dtype, device=gate.device).expand(gate.shape)
 
     @staticmethod
-    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, Tensor]:
-        x, gate = ctx.saved_tensors
-        (cotangent,) = cotangents
-        graph = torch.is_grad_enabled()
-        return cotangent * gate if graph else cotangent, cotangent * x
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor, None]:
+        (units,) = ctx.saved_tensors
+        return cotangents[0] * units, None
+
+
+def _opened(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """X with a gate, the gate, and its tap."""
+    # One number seen through strides of zero: a gate costs no memory of its own.
+    gate = torch.ones((), dtype=x.dtype, device=x.device).expand(x.shape).requires_grad_()
+    # In a tuple autograd does not see the units, or it would pass here on the way behind them.
+    tap: Tensor = _Tap.apply(gate, (x,))  # type: ignore[no-untyped-call]  # torch's own
+    return x + tap, gate, tap  # a tensor of its own: what follows may write into it
 
 
 def open_gates(model: nn.Module, inputs: Any, names: Collection[str] | None = None) -> Opened:
@@ -98,8 +109,12 @@ def open_gates(model: nn.Module, inputs: Any, names: Collection[str] | None = No
 
     Gradients are recorded whether or not the caller has switched them off, because the gates
     need them.
+
+    Raises:
+        ValueError: if the model writes into units after they were dropped.
     """
     gates: list[Gate] = []
+    versions: list[int] = []
     unmeasured: dict[str, str] = {}
     reads = Reads()
 
@@ -116,20 +131,19 @@ def open_gates(model: nn.Module, inputs: Any, names: Collection[str] | None = No
         # A mask for each example, of a weight that they share: one gate will do.
         copies = x.shape if call.of_weights else None
         x = x[:1] if call.of_weights else x
-        # One number seen through strides of zero: a gate costs no memory of its own.
-        gate = torch.ones((), dtype=x.dtype, device=x.device).expand(x.shape).requires_grad_()
-        gated: Tensor = _Gated.apply(x, gate)  # type: ignore[no-untyped-call]  # torch's own
-        if copies is not None:
-            gated = gated.expand(copies)
-            gates.append(Gate(call.name, site.law, gate, reads.follow(gated)))
-        else:
-            gates.append(Gate(call.name, site.law, gate))
+        gated, gate, tap = _opened(x)
+        gated = gated if copies is None else gated.expand(copies)
+        followed = None if copies is None else reads.follow(gated)
+        gates.append(Gate(call.name, site.law, gate, x, tap, followed))
+        versions.append(x._version)
         return gated
 
     # Weights are followed below the interception, which spells out composites for it.
     with torch.enable_grad(), guarded(model), reads, intercept(model, visit):
         switch_on(model)
         outputs = predictions(model, inputs)
+    if [gate.units._version for gate in gates] != versions:
+        raise ValueError(OVERWRITTEN)
     return Opened(outputs, tuple(gates), unmeasured, reads.reordered)
 
 

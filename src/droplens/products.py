@@ -1,11 +1,20 @@
 """Products with the network's derivatives, written once: the C backward passes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+# From the gradients of a pass, and tensors to write into if there are, to what is kept.
+Kept = Callable[[Sequence[Tensor], Sequence[Tensor] | None], Sequence[Tensor]]
+
+OVERWRITTEN = (
+    "the model writes into a tensor that its derivatives need, such as the input of a dropout "
+    "after it was read; replace the in-place operation (x.add_(1), x += 1) by one that makes a new "
+    "tensor (x = x + 1)"
+)
 
 
 def pull_back(
@@ -32,11 +41,7 @@ def pull_back(
     except RuntimeError as error:
         if "inplace operation" not in str(error):
             raise
-        raise ValueError(
-            "the model writes into a tensor that its derivatives need, such as the input of a "
-            "dropout after it was read; replace the in-place operation (x.add_(1), x += 1) by "
-            "one that makes a new tensor (x = x + 1)"
-        ) from error
+        raise ValueError(OVERWRITTEN) from error
 
 
 def term_jacobian(
@@ -44,8 +49,9 @@ def term_jacobian(
     term: int,
     contrasts: Tensor,
     tensors: Sequence[Tensor],
+    kept: Kept,
     create_graph: bool = False,
-) -> tuple[Tensor, ...]:
+) -> Sequence[Tensor]:
     """Rows of J for one term of every example: one backward pass a contrast.
 
     Examples do not mix in a network, so one pass serves all n of them: entry [k, …] for an
@@ -56,23 +62,26 @@ def term_jacobian(
         term: which of the T terms.
         contrasts: combinations of the C natural parameters, (m, C).
         tensors: what to differentiate in.
+        kept: what to keep of the gradients of one pass, written into given tensors if there are.
         create_graph: keep the result differentiable.
 
     Returns:
-        For each tensor, the m rows of its Jacobian: (m, *its shape).
+        For each tensor that `kept` leaves, m of them: (m, *its shape).
     """
-    rows: list[tuple[Tensor, ...]] = []
-    stacks = [tensor.new_empty((len(contrasts), *tensor.shape)) for tensor in tensors]
+    rows: list[Sequence[Tensor]] = []
+    stacks: list[Tensor] = []
     for k, contrast in enumerate(contrasts):
         cotangent = torch.zeros_like(f)
         cotangent[:, term] = contrast
-        found = pull_back(f, cotangent, tensors, create_graph)
+        gradients = pull_back(f, cotangent, tensors, create_graph)
         if create_graph:
-            rows.append(found)
+            rows.append(kept(gradients, None))
             continue
-        for stack, row in zip(stacks, found, strict=True):
-            stack[k] = row  # while it is still in the cache
-    return tuple(torch.stack(row) for row in zip(*rows, strict=True)) if rows else tuple(stacks)
+        if not stacks:
+            first = kept(gradients, None)
+            stacks = [row.new_empty((len(contrasts), *row.shape)) for row in first]
+        kept(gradients, [stack[k] for stack in stacks])  # while they are still in the cache
+    return [torch.stack(row) for row in zip(*rows, strict=True)] if rows else stacks
 
 
 def differentiable_gradient(value: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -61,6 +61,10 @@ class GroupCovariance(Covariance):
         """λ times the folded scores."""
         return self.variance * folded
 
+    def quadratic(self, scores: Tensor) -> Tensor:
+        """λ Σ (F s)²."""
+        return self.variance * self.fold(self._checked(scores)).square().sum(-1)
+
     def product(self, folded: Tensor) -> Tensor:
         """λ φ φᵀ: scaling the small product spares a copy of the scores."""
         return self.variance * (folded @ folded.mT)

@@ -228,7 +228,7 @@ class _Noise:
     def __init__(self, source: Source, scores: Scores, n: int) -> None:
         self.source, self.scores, self.n = source, scores, n
         half = self._law(0.5)  # λ = 1
-        self.unit = source.noise(scores, n, half) if source.scales(scores) else None
+        self.unit = source.noise(scores, n, half) if source.scales() else None
 
     def at(self, p: float) -> Tensor:
         """K at rate p, (n, m, m)."""

@@ -33,20 +33,20 @@ class Layout:
     strided: bool = False
     places: Tensor | None = None
 
-    def rows(self, tensor: Tensor, lead: int = 0) -> Tensor:
-        """The tensor with its rows in front of all but `lead` axes: (*lead, n·r, ...)."""
-        tensor = tensor.movedim(self.axis + lead, lead) if self.axis else tensor
+    def rows(self, tensor: Tensor) -> Tensor:
+        """The tensor with its rows in front: (n·r, ...)."""
+        tensor = tensor.movedim(self.axis, 0) if self.axis else tensor
         if self.places is not None:
-            beyond = tensor.new_zeros(*tensor.shape[:lead], 1, *tensor.shape[lead + 1 :])
-            return torch.cat([tensor, beyond], lead).index_select(lead, self.places.flatten())
+            beyond = tensor.new_zeros(1, *tensor.shape[1:])
+            return torch.cat([tensor, beyond]).index_select(0, self.places.flatten())
         if not self.strided:
             return tensor
-        rows: Tensor = tensor.unflatten(lead, (-1, self.n)).transpose(lead, lead + 1)
-        return rows.flatten(lead, lead + 1)
+        rows: Tensor = tensor.unflatten(0, (-1, self.n)).transpose(0, 1)
+        return rows.flatten(0, 1)
 
-    def apart(self, tensor: Tensor, lead: int = 0) -> Tensor:
-        """The tensor with its examples in front of all but `lead` axes: (*lead, n, r, ...)."""
-        examples: Tensor = self.rows(tensor, lead).unflatten(lead, (self.n, -1))
+    def apart(self, tensor: Tensor) -> Tensor:
+        """The tensor with its examples in front: (n, r, ...)."""
+        examples: Tensor = self.rows(tensor).unflatten(0, (self.n, -1))
         return examples
 
 
@@ -183,17 +183,12 @@ def covariance_of(gate: Gate, rows: Tensor) -> Covariance:
         raise ValueError(f"site {gate.name!r}: {error}") from error
 
 
-def noise_covariance(covariance: Covariance, rows: Tensor, n: int) -> Tensor:
-    """K = J_h C̄ J_hᵀ of every example, (n, m, m), from m gate scores `rows` (m, n_rows, *units).
+def noise_covariance(covariance: Covariance, folded: Tensor, n: int) -> Tensor:
+    """K = J_h C̄ J_hᵀ of every example, (n, m, m), from m scores F s in `folded` (m, n_rows, coins).
 
     Rows beyond n (heads, windows) have coins of their own, so their covariances add up.
     """
-    folded = covariance.fold(rows).transpose(0, 1)  # (n_rows, m, coins)
+    folded = folded.transpose(0, 1)
     size = max(1, _WEIGHED_NUMBERS // max(1, folded[0].numel()))
     gram = torch.cat([covariance.product(part) for part in folded.split(size)])
     return gram.unflatten(0, (n, -1)).sum(1) if len(gram) != n else gram
-
-
-def quadratics(gate: Gate, rows: Tensor, n: int) -> Tensor:
-    """sᵀ C̄ s of every example, (n), for one set of scores s in `rows` (n_rows, *units)."""
-    return covariance_of(gate, rows).quadratic(rows).reshape(n, -1).sum(1)

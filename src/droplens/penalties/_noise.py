@@ -20,6 +20,9 @@ from droplens.products import term_jacobian
 # Numbers of Jacobians held at once where no graph is kept: a few of a training step's activations.
 _HELD_NUMBERS = 7 << 20
 
+# Tensors like a site's that a pass makes: gradients, scores, what these are multiplied into.
+_AT_ONCE = 4
+
 T = TypeVar("T")
 
 
@@ -49,6 +52,12 @@ class Network:
     def tensors(self) -> list[Tensor]:
         """What to differentiate in."""
         return [tensor for source in self.sources for tensor in source.tensors]
+
+    def scores(self, gradients: Sequence[Tensor], into: Sequence[Tensor] | None) -> list[Tensor]:
+        """What the sources keep of one backward pass to `tensors`, tensor by tensor."""
+        places = self.by_source(into or [None] * len(gradients))
+        pairs = zip(self.by_source(gradients), places, strict=True)
+        return [score for (source, own), (_, to) in pairs for score in source.scores(own, to)]
 
     def by_source(self, scores: Sequence[T]) -> Iterator[tuple[Source, Sequence[T]]]:
         """What belongs to `tensors`, handed to the sources they came from.
@@ -135,7 +144,7 @@ def opened_in_parts(
     targets: Tensor | None,
     names: Sequence[str] | None,
     keep: bool,
-    rows_held: int | None = None,
+    stacked: bool = True,
 ) -> Iterator[Network]:
     """The network opened on all examples, or part after part where its Jacobians take much room.
 
@@ -149,7 +158,7 @@ def opened_in_parts(
         targets: only where they weigh examples.
         names: of the sites to open.
         keep: whether what comes out will be differentiated again.
-        rows_held: scores of a site at one time; those of all contrasts if not given.
+        stacked: whether the scores of all contrasts live together, not one pass's at a time.
 
     Yields:
         One network, or several that share the weights and the divisor of the whole.
@@ -158,8 +167,10 @@ def opened_in_parts(
         ValueError: if outputs of examples depend on the examples beside them.
     """
     whole = open_network(model, inputs, family, targets, names, keep)
-    held = rows_held or len(family.contrasts(whole.f[:1]))
-    numbers, n = held * sum(t.numel() for t in whole.tensors), len(whole.f)
+    n, numbers = len(whole.f), _AT_ONCE * sum(t.numel() for t in whole.tensors)
+    if stacked:
+        kept = sum(source.kept for source in whole.sources)
+        numbers = max(numbers, len(family.contrasts(whole.f[:1])) * kept)
     # Every part is opened anew, which takes the longer the more sites there are.
     limit = _HELD_NUMBERS * max(1, len(whole.sources) // 4)
     if keep or numbers <= limit or n_examples(inputs) != n:
@@ -229,12 +240,13 @@ def _sources(f: Tensor, opened: Opened, keep: bool) -> tuple[tuple[Source, ...],
 class Term:
     """One of the T terms of every example: its natural parameters and the gates' Jacobians.
 
-    `scores` holds, per tensor of the network, (m, *its shape); m counts the contrasts of f (n, C).
+    `scores` holds what the sources keep of each pass, per tensor of the network: (m, n, …); m
+    counts the contrasts of f (n, C).
     """
 
     f: Tensor
     weight: Tensor
-    scores: tuple[Tensor, ...]
+    scores: Sequence[Tensor]
 
 
 def terms(network: Network, create_graph: bool) -> Iterator[Term]:
@@ -246,6 +258,6 @@ def terms(network: Network, create_graph: bool) -> Iterator[Term]:
     f = network.f
     contrasts = network.family.contrasts(f)
     for term in range(f.shape[1] if network.sources else 0):
-        scores = term_jacobian(f, term, contrasts, network.tensors, create_graph)
+        scores = term_jacobian(f, term, contrasts, network.tensors, network.scores, create_graph)
         here = f[:, term] if create_graph else f[:, term].detach()
         yield Term(here, network.weights[:, term], scores)

@@ -25,8 +25,6 @@ _DRAWS = {"sampled": 1, "masks": 16}
 
 # Examples × points × classes evaluated at once: what stays in a core's cache.
 _CACHED_NUMBERS = 1 << 19
-# Rows of scores that a second-order value holds.
-_AT_ONCE = 4
 # Fewer equal coins than this do not make Gaussian noise: 10 strong units erred by up to 70%.
 FEW_UNITS = 12.0
 # From this many sites on the Gaussian value has been seen off by half.
@@ -202,8 +200,7 @@ class _Asked:
         given = (self.model, inputs, self.family, targets, self.sites, keep)
         if self.method == "sampled":
             return iter([open_network(*given)])
-        # A class at a time: its scores, and what they are multiplied into.
-        return opened_in_parts(*given, _AT_ONCE if self._to_second_order else None)
+        return opened_in_parts(*given, stacked=not self._to_second_order)
 
 
 def notes_on(network: Network, counts: Mapping[str, float]) -> tuple[str, ...]:

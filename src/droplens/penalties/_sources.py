@@ -15,14 +15,13 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from droplens.gates import Gate
-from droplens.masks import GroupCovariance, Law, relative_variance
+from droplens.masks import Covariance, GroupCovariance, Law, relative_variance
 from droplens.penalties._layout import (
     Layout,
     check_law_along,
     covariance_of,
     mixes,
     noise_covariance,
-    quadratics,
 )
 from droplens.reads import Convolution, Followed, Product, Read
 
@@ -31,9 +30,9 @@ _COUNTED_EXAMPLES = 32
 # Numbers (examples × m × entries of a weight) held at once.
 _CHUNK_NUMBERS = 1 << 19
 # Numbers of a convolution's patches kept for all backward passes.
-_LAID_OUT_NUMBERS = 1 << 22
+_LAID_OUT_NUMBERS = 1 << 23
 
-# Per tensor of a source, m scores of its shape: (m, *shape).
+# Per tensor of a source, what is kept of m backward passes: (m, n_rows, …).
 Scores = Sequence[Tensor]
 
 
@@ -45,19 +44,31 @@ class Source(ABC):
     tensors: tuple[Tensor, ...]
 
     @abstractmethod
-    def quadratics(self, scores: Sequence[Tensor], n: int) -> Tensor:
-        """sᵀ C̄ s of every example, (n), for one score of every tensor."""
+    def quadratics(self, gradients: Sequence[Tensor], n: int) -> Tensor:
+        """sᵀ C̄ s of every example, (n), from one gradient of every tensor."""
+
+    @abstractmethod
+    def scores(self, gradients: Sequence[Tensor], into: Sequence[Tensor | None]) -> list[Tensor]:
+        """What to keep of one gradient of every tensor, rows of examples in front.
+
+        Written `into` what is given, which spares a copy, but has no graph.
+        """
 
     @abstractmethod
     def noise(self, scores: Scores, n: int, law: Law) -> Tensor:
         """K = J_h C̄ J_hᵀ of every example, (n, m, m), under `law`."""
 
     @abstractmethod
-    def moments(self, scores: Scores, n: int, picked: Tensor) -> tuple[Tensor, Tensor]:
+    def moments(self, scores: Scores, picked: slice) -> tuple[Tensor, Tensor]:
         """Σ_a t_a and Σ_a t_a² of t_a = Σ_c j_ca² over the coins of the examples `picked`."""
 
+    @property
     @abstractmethod
-    def scales(self, scores: Scores) -> bool:
+    def kept(self) -> int:
+        """How many numbers `scores` makes of a pass."""
+
+    @abstractmethod
+    def scales(self) -> bool:
         """Whether C̄ ∝ λ, so that one K serves every rate."""
 
     def participation(self, scores: Scores, n: int) -> float:
@@ -66,18 +77,17 @@ class Source(ABC):
         (Σt)²/Σt² of t_a = Σ_c j_ca² over an example's coins, examples weighted by their noise.
         The Gaussian value leans on many small contributions, so a small number is a warning.
         """
-        step = max(1, n // _COUNTED_EXAMPLES)
-        picked = torch.arange(0, n, step, device=scores[0].device)
-        whole, squares = self.moments(scores, n, picked)
-        if not bool((whole > 0).any()):
-            return 0.0
-        counts = whole.square() / squares.clamp_min(torch.finfo(whole.dtype).tiny)
-        return float((whole * counts).sum() / whole.sum())
+        picked = slice(0, n, max(1, n // _COUNTED_EXAMPLES))
+        with torch.no_grad():
+            whole, squares = self.moments(scores, picked)
+            counts = whole.square() / squares.clamp_min(torch.finfo(whole.dtype).tiny)
+            # Of no noise at all: no coins.
+            return float(((whole * counts).sum() / whole.sum()).nan_to_num())
 
 
 def tensors_of(gate: Gate) -> list[Tensor]:
-    """What to differentiate in: the gate, or the taps where its weight is read."""
-    return [gate.tensor] if gate.weight is None else [read.tap for read in gate.weight.reads]
+    """What to differentiate in: the tap behind the gate, or those where its weight is read."""
+    return [gate.tap] if gate.weight is None else [read.tap for read in gate.weight.reads]
 
 
 def source_of(gate: Gate, found: Sequence[Layout | None], n: int, keep: bool) -> Source:
@@ -87,7 +97,7 @@ def source_of(gate: Gate, found: Sequence[Layout | None], n: int, keep: bool) ->
         gate: open, as `open_gates` gives it.
         found: where the examples lie in each of its tensors.
         n: how many examples there are.
-        keep: whether the weights that scores are multiplied with keep their graph.
+        keep: whether what gradients are multiplied with keeps its graph.
 
     Raises:
         ValueError: if the site's examples cannot be told apart.
@@ -110,7 +120,7 @@ def source_of(gate: Gate, found: Sequence[Layout | None], n: int, keep: bool) ->
     if gate.weight is not None:
         return Weights(gate, gate.weight, known, keep)
     check_law_along(gate, known[0])
-    return Units(gate, known[0])
+    return Units(gate if keep else replace(gate, units=gate.units.detach()), known[0])
 
 
 @final
@@ -119,30 +129,42 @@ class Units(Source):
 
     def __init__(self, gate: Gate, layout: Layout) -> None:
         self.gate, self.layout = gate, layout
-        self.name, self.law, self.tensors = gate.name, gate.law, (gate.tensor,)
+        self.name, self.law, self.tensors = gate.name, gate.law, (gate.tap,)
+        self.h = layout.rows(gate.units)
 
-    def quadratics(self, scores: Sequence[Tensor], n: int) -> Tensor:
-        """From the scores of the gate."""
-        return quadratics(self.gate, self.layout.rows(scores[0]), n)
+    def quadratics(self, gradients: Sequence[Tensor], n: int) -> Tensor:
+        """Rows beyond n have coins of their own, so they add up."""
+        scores = self.h * self.layout.rows(gradients[0])
+        return self._covariance(self.law).quadratic(scores).reshape(n, -1).sum(1)
+
+    def scores(self, gradients: Sequence[Tensor], into: Sequence[Tensor | None]) -> list[Tensor]:
+        """F (h ∘ g), (n_rows, coins)."""
+        g, to = self.layout.rows(gradients[0]), into[0]
+        if to is not None and to.numel() == g.numel():  # a coin for every unit
+            torch.mul(self.h, g, out=to.view(g.shape))
+            return [to]
+        return [_put(self._covariance(self.law).fold(self.h * g), to)]
 
     def noise(self, scores: Scores, n: int, law: Law) -> Tensor:
-        """Rows beyond n have coins of their own, so their covariances add up."""
-        rows = self._rows(scores)
-        return noise_covariance(covariance_of(replace(self.gate, law=law), rows[0]), rows, n)
+        """The rate does not change which units share a coin."""
+        return noise_covariance(self._covariance(law), scores[0], n)
 
-    def moments(self, scores: Scores, n: int, picked: Tensor) -> tuple[Tensor, Tensor]:
+    def moments(self, scores: Scores, picked: slice) -> tuple[Tensor, Tensor]:
         """Of folded scores: a coin may move many units."""
-        found = self.layout.apart(scores[0].detach(), 1)[:, picked]  # (m, examples, rows, *units)
-        folded = covariance_of(self.gate, found[0, 0]).fold(found)
-        shares = folded.square().sum(0).flatten(1)
+        shares = scores[0].unflatten(1, (self.layout.n, -1))[:, picked].square().sum(0).flatten(1)
         return shares.sum(1), shares.square().sum(1)
 
-    def scales(self, scores: Scores) -> bool:
-        """All laws but those whose C̄ has another shape at every rate."""
-        return isinstance(covariance_of(self.gate, self._rows(scores)[0]), GroupCovariance)
+    @property
+    def kept(self) -> int:
+        """Coins of all rows."""
+        return len(self.h) * self._covariance(self.law).fold(self.h[:1]).numel()
 
-    def _rows(self, scores: Scores) -> Tensor:
-        return self.layout.rows(scores[0], 1)
+    def scales(self) -> bool:
+        """All laws but those whose C̄ has another shape at every rate."""
+        return isinstance(self._covariance(self.law), GroupCovariance)
+
+    def _covariance(self, law: Law) -> Covariance:
+        return covariance_of(replace(self.gate, law=law), self.h)
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,11 +177,11 @@ class _Placed:
     values: Tensor
     laid_out: Tensor | None  # h as outer products take it, where it takes little room
 
-    def outer(self, delta: Tensor, rows: slice | Tensor) -> Tensor:
+    def outer(self, delta: Tensor, rows: slice) -> Tensor:
         """W ∘ Σ_t δ_t ⊗ h_t of some examples."""
         known = self.laid_out
         h = self.read.laid_out(self.factor[rows]) if known is None else known[rows]
-        return self.values * self.read.outer(delta, h)
+        return self.read.outer(delta, h).mul_(self.values)
 
 
 @final
@@ -174,41 +196,50 @@ class Weights(Source):
             _placed(read, layout, keep) for read, layout in zip(weight.reads, found, strict=True)
         ]
 
-    def quadratics(self, scores: Sequence[Tensor], n: int) -> Tensor:
-        """One score is a Jacobian of one row."""
-        return self.noise([score.unsqueeze(0) for score in scores], n, self.law)[:, 0, 0]
+    def quadratics(self, gradients: Sequence[Tensor], n: int) -> Tensor:
+        """One gradient is a Jacobian of one row."""
+        scores = self.scores(gradients, [None] * len(gradients))
+        scores = [score.unsqueeze(0) for score in scores]
+        return self.noise(scores, n, self.law)[:, 0, 0]
+
+    def scores(self, gradients: Sequence[Tensor], into: Sequence[Tensor | None]) -> list[Tensor]:
+        """δ of every read, (n, r, *tap)."""
+        found = zip(self.reads, gradients, into, strict=True)
+        return [_put(placed.layout.apart(gradient), to) for placed, gradient, to in found]
 
     def noise(self, scores: Scores, n: int, law: Law) -> Tensor:
         """Factorised where every example reads the weight once, else summed in chunks."""
         variance = self._variance(law)
-        deltas = [self._deltas(k, found) for k, found in enumerate(scores)]
+        deltas = [found.transpose(0, 1) for found in scores]  # (n, m, r, *tap)
         if self._reads_once(deltas):
             delta = deltas[0].flatten(2, -2).squeeze(2)  # (n, m, o)
-            return variance * (delta * self._powers(2).unsqueeze(1)) @ delta.mT
+            return variance * ((delta * self._powers(2, slice(n)).unsqueeze(1)) @ delta.mT)
         parts = [
             self._remade(rows, [d[rows] for d in deltas])
-            for rows in self._chunks(n, len(scores[0]) if scores else 1)
+            for rows in self._chunks(range(n), len(scores[0]))
         ]
         return variance * torch.cat(parts)
 
-    def moments(self, scores: Scores, n: int, picked: Tensor) -> tuple[Tensor, Tensor]:
+    def moments(self, scores: Scores, picked: slice) -> tuple[Tensor, Tensor]:
         """Of every entry of the weight; t_ab = W²_ab h_b² Σ_c δ_ca² where it is read once."""
-        deltas = [self._deltas(k, found).detach() for k, found in enumerate(scores)]
+        deltas = [found.transpose(0, 1) for found in scores]
         if self._reads_once(deltas):
-            moved = deltas[0].flatten(2, -2)[picked].squeeze(2).square().sum(1)  # (e, o)
-            whole, squares = (
-                (moved**k * self._powers(2 * k)[picked].detach()).sum(1) for k in (1, 2)
-            )
+            moved = deltas[0][picked].flatten(2, -2).squeeze(2).square().sum(1)  # (e, o)
+            whole, squares = ((moved**k * self._powers(2 * k, picked)).sum(1) for k in (1, 2))
             return whole, squares
         found = []
-        for chunk in self._chunks(len(picked), len(scores[0])):
-            rows = picked[chunk]
-            shares = self._scores(rows, [d[rows] for d in deltas]).detach().square().sum(1)
+        for rows in self._chunks(range(picked.stop)[picked], len(scores[0])):
+            shares = self._scores(rows, [d[rows] for d in deltas]).square().sum(1)
             found.append(torch.stack([shares.sum(1), shares.square().sum(1)]))
         whole, squares = torch.cat(found, 1)
         return whole, squares
 
-    def scales(self, scores: Scores) -> bool:
+    @property
+    def kept(self) -> int:
+        """The results of all reads."""
+        return sum(tensor.numel() for tensor in self.tensors)
+
+    def scales(self) -> bool:
         """Independent coins."""
         return True
 
@@ -218,25 +249,28 @@ class Weights(Source):
         except ValueError as error:
             raise ValueError(f"site {self.name!r}: {error}") from error
 
-    def _deltas(self, k: int, scores: Tensor) -> Tensor:
-        """Gradients at read k, (n, m, r, *tap)."""
-        return self.reads[k].layout.apart(scores, 1).transpose(0, 1)
-
     def _reads_once(self, deltas: Sequence[Tensor]) -> bool:
         """Whether a matrix meets one vector an example, so that no outer product is needed."""
         one = len(self.reads) == 1 and isinstance(self.reads[0].read, Product)
         return one and deltas[0][0, 0].numel() == deltas[0].shape[-1]
 
-    def _powers(self, power: int) -> Tensor:
-        """(W^k)(h^k) of every example for a weight that is read once, (n, o)."""
+    def _powers(self, power: int, rows: slice) -> Tensor:
+        """(W^k)(h^k) of some examples for a weight that is read once, (e, o)."""
         placed = self.reads[0]
         turned = isinstance(placed.read, Product) and placed.read.turned
-        h, values = placed.factor.flatten(1, -2).squeeze(1) ** power, placed.values**power
+        h, values = placed.factor[rows].flatten(1, -2).squeeze(1) ** power, placed.values**power
         return h @ (values if turned else values.mT)
 
-    def _chunks(self, n: int, m: int) -> Iterator[slice]:
+    def _chunks(self, examples: range, m: int) -> Iterator[slice]:
+        """Some of the examples at a time.
+
+        Yields:
+            Where they are.
+        """
         size = max(1, _CHUNK_NUMBERS // max(1, m * self.size))
-        return (slice(start, start + size) for start in range(0, n, size))
+        for start in range(0, len(examples), size):
+            some = examples[start : start + size]
+            yield slice(some.start, some.stop, some.step)
 
     def _remade(self, rows: slice, deltas: list[Tensor]) -> Tensor:
         """Σ_ab j_c j_c' of a chunk; where a graph is kept it is made again on the way back."""
@@ -250,7 +284,7 @@ class Weights(Source):
         made: Tensor = checkpoint(gram, *deltas, use_reentrant=False, preserve_rng_state=False)
         return made
 
-    def _scores(self, rows: slice | Tensor, deltas: Sequence[Tensor]) -> Tensor:
+    def _scores(self, rows: slice, deltas: Sequence[Tensor]) -> Tensor:
         """J of some examples in every entry, (e, m, entries)."""
         outers = [
             placed.outer(delta, rows) for placed, delta in zip(self.reads, deltas, strict=True)
@@ -261,6 +295,10 @@ class Weights(Source):
         for placed, outer in zip(self.reads, outers, strict=True):
             whole = whole.index_add(2, placed.read.entries().flatten(), outer.flatten(2))
         return whole
+
+
+def _put(score: Tensor, into: Tensor | None) -> Tensor:
+    return score if into is None else into.copy_(score)
 
 
 def _placed(read: Read, layout: Layout, keep: bool) -> _Placed:
