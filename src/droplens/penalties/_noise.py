@@ -1,5 +1,6 @@
 """The network opened at its gates, and the output noise that masks there would make."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -178,7 +179,7 @@ def opened_in_parts(
         return
     f, weights, divisor = whole.f.detach(), whole.weights.detach(), whole.divisor
     del whole  # its graph, before those of the parts
-    size = max(1, n * limit // numbers)
+    size = math.ceil(n / math.ceil(numbers / limit))  # parts alike
     for start in range(0, n, size):
         rows = slice(start, start + size)
         own = None if targets is None else targets[rows]

@@ -8,6 +8,7 @@ one for all examples, told apart where the weight is read.
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import final
 
 import torch
@@ -175,18 +176,34 @@ class _Placed:
     layout: Layout
     factor: Tensor
     values: Tensor
-    laid_out: Tensor | None  # h as outer products take it, where it takes little room
+    keep: bool
 
     def outer(self, delta: Tensor, rows: slice) -> Tensor:
         """W ∘ Σ_t δ_t ⊗ h_t of some examples."""
-        known = self.laid_out
+        known = self._laid_out
         h = self.read.laid_out(self.factor[rows]) if known is None else known[rows]
         return self.read.outer(delta, h).mul_(self.values)
+
+    @cached_property
+    def _laid_out(self) -> Tensor | None:
+        """The factor as outer products take it, where it takes little room.
+
+        A kernel's patches hold an input as often as the kernel has places; a graph holds them too.
+        """
+        patches = isinstance(self.read, Convolution) and not self.keep
+        if not patches or self.factor.numel() * self.values[0, 0].numel() > _LAID_OUT_NUMBERS:
+            return None
+        return self.read.laid_out(self.factor)
 
 
 @final
 class Weights(Source):
-    """Coins on the entries of a weight: j_ab = W_ab Σ_t δ_ta h_tb (theory §3.1)."""
+    """Coins on the entries of a weight: j_ab = W_ab Σ_t δ_ta h_tb (theory §3.1).
+
+    K is a product of matrices where one place reads the weight. Where many do (kernels, tokens)
+    every j is made, a product of small matrices an example: two to three times as long as the C
+    passes to the weights themselves, for kernels.
+    """
 
     def __init__(self, gate: Gate, weight: Followed, found: Sequence[Layout], keep: bool) -> None:
         self.name, self.law = gate.name, gate.law
@@ -304,10 +321,4 @@ def _put(score: Tensor, into: Tensor | None) -> Tensor:
 def _placed(read: Read, layout: Layout, keep: bool) -> _Placed:
     factor = read.factor if keep else read.factor.detach()
     values = read.values if keep else read.values.detach()
-    factor = layout.apart(factor)
-    # A kernel's patches hold an input as often as the kernel has places; a graph holds them too.
-    patches = isinstance(read, Convolution) and not keep
-    laid_out = None
-    if patches and factor.numel() * values[0, 0].numel() <= _LAID_OUT_NUMBERS:
-        laid_out = read.laid_out(factor)
-    return _Placed(read, layout, factor, values, laid_out)
+    return _Placed(read, layout, layout.apart(factor), values, keep)
