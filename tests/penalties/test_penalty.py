@@ -62,6 +62,51 @@ def test_squared_loss_before_the_last_layer_is_exact():
         assert "exact" in value.approximation
 
 
+class Last(nn.Module):
+    """A dropout, and what `read` makes of it and a last layer."""
+
+    def __init__(self, read, law):
+        super().__init__()
+        torch.manual_seed(4)
+        self.read, self.drop = read, law
+        self.first, self.last = nn.Linear(2, 4), nn.Linear(4, 4)
+
+    def forward(self, inputs):
+        return self.read(self.last, self.drop(torch.tanh(self.first(inputs))))
+
+
+LAST = {
+    "a layer": lambda layer, h: layer(h),
+    "no bias": lambda layer, h: h @ layer.weight.T,
+    "a layer and its input": lambda layer, h: layer(h) + h,
+    "a bias of the input": lambda layer, h: torch.addmm(h.square(), h, layer.weight.T),
+    "a bias of the example": lambda layer, h: torch.addmm(h.detach(), h, layer.weight.T),
+    "a bent layer": lambda layer, h: torch.tanh(layer(h)),
+    "a layer of its square": lambda layer, h: layer(h * h),
+}
+
+
+@pytest.mark.parametrize("read", LAST.values(), ids=LAST)
+@pytest.mark.parametrize("law", [nn.Dropout(0.1), dl.nn.GaussianDropout(0.1), dl.nn.DropPath(0.1)])
+def test_every_example_of_a_batch_has_the_value_it_has_alone(read, law):
+    """Whether or not all examples share their Jacobian; of narrow noise, which has one rule."""
+    net, loss = Last(read, law).double(), nn.CrossEntropyLoss(reduction="sum")
+    together = dl.penalty(net, x, loss)
+    alone = [dl.penalty(net, row[None], loss) for row in x]
+    for found, parts in (
+        (together.per_example, torch.cat([part.per_example for part in alone])),
+        (together.by_site["drop"], sum(part.by_site["drop"] for part in alone)),
+    ):
+        torch.testing.assert_close(found, parts, rtol=1e-10, atol=1e-14)
+    parameters = [p for p in net.parameters() if p.requires_grad]
+    found, parts = (
+        torch.autograd.grad(total, parameters, allow_unused=True, materialize_grads=True)
+        for total in (together.total, sum(part.total for part in alone))
+    )
+    for ours, theirs in zip(found, parts, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
+
+
 def test_second_order_is_half_the_inner_product_of_mask_and_gauss_newton():
     """½ ⟨C̄, G⟩ with G from dense Jacobians in all gates of both layers."""
     net = deep_network()

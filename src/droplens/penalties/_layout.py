@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -148,6 +148,33 @@ def _reached(f: Tensor, tensors: Sequence[Tensor], examples: list[int]) -> list[
     probe = torch.linspace(1.0, 2.0, f.numel(), dtype=f.dtype, device=f.device).reshape(f.shape)
     cotangent[examples] = probe[examples]
     return [found != 0 for found in pull_back(f, cotangent, tensors)]
+
+
+# Where a matrix product's graph has its rows of examples.
+_ROWS_OF = {"AddmmBackward0": 1, "MmBackward0": 0}
+
+
+def read_last(f: Tensor, tap: Tensor) -> bool:
+    """Whether f (n, 1, C) is what a linear layer makes of the units with this tap, and no more.
+
+    All examples then have the same ∂f/∂units. Other graphs that have it may not be recognised.
+    """
+    layer: Any = f.grad_fn
+    if _kind(layer) == "UnsqueezeBackward0":
+        ((layer, _),) = layer.next_functions
+    place = _ROWS_OF.get(_kind(layer))
+    if place is None:
+        return False
+    nodes: list[Any] = [node for node, _ in layer.next_functions]
+    read = nodes.pop(place)
+    weights = [node.next_functions[0][0] if _kind(node) == "TBackward0" else node for node in nodes]
+    if any(node is not None and _kind(node) != "AccumulateGrad" for node in weights):
+        return False
+    return _kind(read) == "AddBackward0" and any(n is tap.grad_fn for n, _ in read.next_functions)
+
+
+def _kind(node: Any) -> str:
+    return type(node).__name__
 
 
 def check_law_along(gate: Gate, layout: Layout) -> None:

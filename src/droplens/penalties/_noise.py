@@ -231,7 +231,7 @@ def _sources(f: Tensor, opened: Opened, keep: bool) -> tuple[tuple[Source, ...],
     for gate, some in zip(opened.gates, tensors, strict=True):
         own = [next(found) for _ in some]
         try:
-            kept.append(source_of(gate, own, len(f), keep))
+            kept.append(source_of(gate, own, f, keep))
         except ValueError as error:
             mixing[gate.name] = str(error)
     return tuple(kept), mixing

@@ -16,13 +16,21 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from droplens.gates import Gate
-from droplens.masks import Covariance, GroupCovariance, Law, relative_variance
+from droplens.masks import (
+    Bernoulli,
+    Covariance,
+    Gaussian,
+    GroupCovariance,
+    Law,
+    relative_variance,
+)
 from droplens.penalties._layout import (
     Layout,
     check_law_along,
     covariance_of,
     mixes,
     noise_covariance,
+    read_last,
 )
 from droplens.reads import Convolution, Followed, Product, Read
 
@@ -91,13 +99,13 @@ def tensors_of(gate: Gate) -> list[Tensor]:
     return [gate.tap] if gate.weight is None else [read.tap for read in gate.weight.reads]
 
 
-def source_of(gate: Gate, found: Sequence[Layout | None], n: int, keep: bool) -> Source:
+def source_of(gate: Gate, found: Sequence[Layout | None], f: Tensor, keep: bool) -> Source:
     """The source behind a gate.
 
     Args:
         gate: open, as `open_gates` gives it.
         found: where the examples lie in each of its tensors.
-        n: how many examples there are.
+        f: the outputs, (n, T, C).
         keep: whether what gradients are multiplied with keeps its graph.
 
     Raises:
@@ -116,22 +124,26 @@ def source_of(gate: Gate, found: Sequence[Layout | None], n: int, keep: bool) ->
     known = []
     for layout, tensor in zip(found, tensors_of(gate), strict=True):
         if layout is None:
-            raise ValueError(mixes(gate.name, tuple(tensor.shape), n))
+            raise ValueError(mixes(gate.name, tuple(tensor.shape), len(f)))
         known.append(layout)
     if gate.weight is not None:
         return Weights(gate, gate.weight, known, keep)
     check_law_along(gate, known[0])
-    return Units(gate if keep else replace(gate, units=gate.units.detach()), known[0])
+    units = gate.units if keep else gate.units.detach()
+    few = f.shape[-1] ** 2 * (units.numel() // len(f)) <= _CHUNK_NUMBERS  # in pairs of contrasts
+    return Units(replace(gate, units=units), known[0], alike=few and read_last(f, gate.tap))
 
 
 @final
 class Units(Source):
     """Coins on activations."""
 
-    def __init__(self, gate: Gate, layout: Layout) -> None:
+    def __init__(self, gate: Gate, layout: Layout, alike: bool) -> None:
         self.gate, self.layout = gate, layout
         self.name, self.law, self.tensors = gate.name, gate.law, (gate.tap,)
         self.h = layout.rows(gate.units)
+        # One gradient serves all examples, if nothing is summed over units before it is squared.
+        self.alike = alike and isinstance(gate.law, Bernoulli | Gaussian)
 
     def quadratics(self, gradients: Sequence[Tensor], n: int) -> Tensor:
         """Rows beyond n have coins of their own, so they add up."""
@@ -139,25 +151,41 @@ class Units(Source):
         return self._covariance(self.law).quadratic(scores).reshape(n, -1).sum(1)
 
     def scores(self, gradients: Sequence[Tensor], into: Sequence[Tensor | None]) -> list[Tensor]:
-        """F (h ∘ g), (n_rows, coins)."""
+        """F (h ∘ g), (n_rows, coins); where all examples' g are alike, one of them."""
         g, to = self.layout.rows(gradients[0]), into[0]
+        if self.alike:
+            return [_put(g[:1].flatten(1), to)]
         if to is not None and to.numel() == g.numel():  # a coin for every unit
             torch.mul(self.h, g, out=to.view(g.shape))
             return [to]
         return [_put(self._covariance(self.law).fold(self.h * g), to)]
 
     def noise(self, scores: Scores, n: int, law: Law) -> Tensor:
-        """The rate does not change which units share a coin."""
-        return noise_covariance(self._covariance(law), scores[0], n)
+        """The rate does not change which units share a coin.
+
+        With one g for all, K_cc' = λ Σ_b h_b² g_cb g_c'b is a product of matrices.
+        """
+        if not self.alike:
+            return noise_covariance(self._covariance(law), scores[0], n)
+        g = scores[0].squeeze(1)  # (m, units)
+        pairs = (g.unsqueeze(0) * g.unsqueeze(1)).flatten(0, 1)
+        moved = _variance(self.name, law) * self.h.flatten(1).square() @ pairs.mT
+        noise: Tensor = moved.unflatten(1, (len(g), len(g)))
+        return noise
 
     def moments(self, scores: Scores, picked: slice) -> tuple[Tensor, Tensor]:
         """Of folded scores: a coin may move many units."""
+        if self.alike:
+            shares = self.h[picked].flatten(1).square() * scores[0].square().sum(0)
+            return shares.sum(1), shares.square().sum(1)
         shares = scores[0].unflatten(1, (self.layout.n, -1))[:, picked].square().sum(0).flatten(1)
         return shares.sum(1), shares.square().sum(1)
 
     @property
     def kept(self) -> int:
         """Coins of all rows."""
+        if self.alike:
+            return self.h.numel() // len(self.h)
         return len(self.h) * self._covariance(self.law).fold(self.h[:1]).numel()
 
     def scales(self) -> bool:
@@ -226,7 +254,7 @@ class Weights(Source):
 
     def noise(self, scores: Scores, n: int, law: Law) -> Tensor:
         """Factorised where every example reads the weight once, else summed in chunks."""
-        variance = self._variance(law)
+        variance = _variance(self.name, law)
         deltas = [found.transpose(0, 1) for found in scores]  # (n, m, r, *tap)
         if self._reads_once(deltas):
             delta = deltas[0].flatten(2, -2).squeeze(2)  # (n, m, o)
@@ -259,12 +287,6 @@ class Weights(Source):
     def scales(self) -> bool:
         """Independent coins."""
         return True
-
-    def _variance(self, law: Law) -> float:
-        try:
-            return relative_variance(law.p)  # type: ignore[attr-defined]  # coins have a rate
-        except ValueError as error:
-            raise ValueError(f"site {self.name!r}: {error}") from error
 
     def _reads_once(self, deltas: Sequence[Tensor]) -> bool:
         """Whether a matrix meets one vector an example, so that no outer product is needed."""
@@ -312,6 +334,18 @@ class Weights(Source):
         for placed, outer in zip(self.reads, outers, strict=True):
             whole = whole.index_add(2, placed.read.entries().flatten(), outer.flatten(2))
         return whole
+
+
+def _variance(name: str, law: Law) -> float:
+    """λ of independent coins.
+
+    Raises:
+        ValueError: if p = 1, naming the site.
+    """
+    try:
+        return relative_variance(law.p)  # type: ignore[attr-defined]  # coins have a rate
+    except ValueError as error:
+        raise ValueError(f"site {name!r}: {error}") from error
 
 
 def _put(score: Tensor, into: Tensor | None) -> Tensor:
