@@ -271,14 +271,14 @@ class _Lent:
 
 
 class Fingerprint:
-    """A sum over the examples of a pass that does not depend on their order.
+    """A sum over the examples of a pass that does not depend on their order, unless asked to.
 
     Two passes over the same examples agree to rounding, however batched; passes with other
     examples (a shuffling loader that drops its last batch, random augmentation) do not.
     """
 
-    def __init__(self) -> None:
-        self._sum = 0.0
+    def __init__(self, in_order: bool = False) -> None:
+        self._sum, self._in_order = 0.0, in_order
 
     def add(self, batch: Batch) -> None:
         """Count one batch in."""
@@ -291,6 +291,9 @@ class Fingerprint:
             rows = tensor.detach().reshape(n, -1).double()
             probe = torch.arange(rows.shape[1], dtype=torch.float64, device=rows.device)
             scores = scores + rows.to(scores.device) @ torch.cos(probe + k + 1).to(scores.device)
+        if self._in_order:
+            places = torch.arange(n, dtype=torch.float64, device=scores.device)
+            scores = scores * (2 + torch.sin(places + 1))
         # Squared, so that exchanging targets between examples shows.
         self._sum += float((scores + 1).square().sum())
 
@@ -303,7 +306,8 @@ class SameEveryPass(Batches):
     """Batches of which every complete pass is compared with the first.
 
     For methods that combine several passes, such as products with one Hessian. `in_order` also
-    asks that every batch be where it was, as masks that are held batch by batch need.
+    asks that every batch, and every example in it, be where it was, as masks that are held batch
+    by batch need.
     """
 
     def __init__(self, batches: Batches, in_order: bool = False) -> None:
@@ -328,21 +332,22 @@ class SameEveryPass(Batches):
             )
 
     def _check_place(self, position: int, batch: Batch) -> None:
-        own = Fingerprint()
+        own = Fingerprint(in_order=True)
         own.add(batch)
         if position == len(self._firsts) and self._first is None:
             self._firsts.append(own)
         elif position >= len(self._firsts) or not own.agrees(self._firsts[position]):
             raise ValueError(
-                "data comes in another order in every pass, but masks are held batch by batch; "
-                "use shuffle=False, or a sampler that draws from torch's generators"
+                "data changes between passes, or comes in another order, but this measure needs "
+                "every example in its place; use shuffle=False without augmentation, or a sampler "
+                "that draws from torch's generators"
             )
 
 
 def checked_passes(data: Any, model: nn.Module | None = None, in_order: bool = False) -> Batches:
     """Like `as_batches`, for methods that need every pass to see the same examples.
 
-    With `in_order` also in the same batches, one after the other.
+    With `in_order` also in the same batches and places, one after the other.
     """
     batches = as_batches(data, model)
     # Tensors in memory cannot change unasked.

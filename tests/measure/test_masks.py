@@ -257,15 +257,23 @@ class Restless(Sampler):
 
 
 def test_data_in_another_order_breaks_held_masks_and_is_detected():
-    def loader():
-        return DataLoader(TensorDataset(*examples(8)), batch_size=3, sampler=Restless())
+    def loader(size=3):
+        return DataLoader(TensorDataset(*examples(8)), batch_size=size, sampler=Restless())
 
     # In other batches the examples are the same, and so is the Hessian without masks.
     found = measure.hessian(network(), loader(), CE, 1, masks="off")
     truth = measure.hessian(network(), examples(8), CE, 1)
     assert float(found.trace) == pytest.approx(float(truth.trace))
-    with pytest.raises(ValueError, match="data comes in another order in every pass"):
-        measure.hessian(network(), loader(), CE, 1, masks="fixed")
+    # The second: one batch, whose examples change places.
+    for size in (3, 8):
+        with pytest.raises(
+            ValueError, match="or comes in another order"
+        ):
+            measure.hessian(network(), loader(size), CE, 1, masks="fixed")
+        with pytest.raises(
+            ValueError, match="or comes in another order"
+        ):
+            measure.curvature(network(), loader(size), CE, directions=1, parameters=3)
 
 
 def test_crossed_errors_of_additive_draws_add_in_squares():

@@ -46,7 +46,7 @@ class Predictor:
         trains = {name for name, p in model.named_parameters() if p.requires_grad}
         fixed = [*model.named_parameters(), *model.named_buffers()]
         self.fixed = {name: _cast(t.detach(), dtype) for name, t in fixed if name not in trains}
-        self._batches = checked_passes(inputs, model)
+        self._batches = checked_passes(inputs, model, in_order=True)
 
     def pieces(self) -> Iterator[Piece]:
         """All examples, at most 256 at a time.
