@@ -96,7 +96,7 @@ def _planes(sets: Mapping[str, Sequence[Plane]], unit: str) -> Section:
     return Section(
         "What does the landscape look like?",
         "The loss on the plane of two random directions whose every row is scaled to the norm of "
-        "the weights' own row; the network lies at (0, 0). The darker, the higher.",
+        "the weights' own row; the network lies at (0, 0). The stronger the colour, the higher.",
         figures,
     )
 

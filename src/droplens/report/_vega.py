@@ -75,6 +75,8 @@ def static_svg(specification: Mapping[str, Any]) -> str:
     fixed = dict(specification)
     if fixed.get("width") == "container":
         fixed["width"] = _STATIC_WIDTH
+    # Names beside bars end at the axis: in wider fonts than those laid out they begin further left.
+    fixed["padding"] = {**_STYLE["padding"], "left": 20}
     try:
         svg = str(vl_convert.vegalite_to_svg(fixed, allowed_base_urls=[]))
     except Exception as error:
