@@ -181,6 +181,21 @@ class Roughened(nn.Linear):
         return Rough.apply(super().forward(x))
 
 
+class Rounded(nn.Linear):
+    def forward(self, x):
+        return torch.round(super().forward(x))
+
+
+@pytest.mark.parametrize(
+    "run",
+    [measure.hessian, measure.spectral_density, measure.fisher_spectrum, measure.fisher],
+)
+def test_an_operation_whose_derivative_is_zero_is_warned_of(run):
+    with pytest.warns(UserWarning, match="exactly zero: to autograd no trainable weight moves"):
+        found = run(Rounded(6, 12).double(), (torch.ones(5, 6).double(), torch.arange(5)), CE)
+    assert float(found.trace) == 0
+
+
 class Stepped(nn.Linear):
     def forward(self, x):
         return torch.sign(super().forward(x)).detach()

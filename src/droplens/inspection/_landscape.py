@@ -59,7 +59,7 @@ LANDSCAPE: Final[Mapping[str, Extra]] = {
         _under_masks, "gives the Hessian of the loss averaged over masks, in some minutes"
     ),
     "spectral_density": Extra(
-        _density, "gives the whole spectrum of the Hessian, by 512 products with it"
+        _density, "gives the whole spectrum of the Hessian, by 1,024 products with it"
     ),
     "fisher_spectrum": Extra(
         _fisher_spectrum,

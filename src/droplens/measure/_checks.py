@@ -1,5 +1,6 @@
 """What every measure refuses."""
 
+import warnings
 from collections.abc import Mapping
 
 from torch import Tensor, nn
@@ -47,3 +48,14 @@ def trainable(model: nn.Module) -> Mapping[str, nn.Parameter]:
         if not bool(parameter.detach().isfinite().all()):
             raise ValueError(f"the model's weight {name!r} holds NaN or Inf; the network is broken")
     return found
+
+
+def warn_of_nothing(matrix: str, trace: float) -> None:
+    """Say what it may mean that a matrix over the weights is exactly zero, as every gradient is."""
+    if trace == 0:
+        warnings.warn(
+            f"the {matrix} is exactly zero: to autograd no trainable weight moves the loss. Look "
+            "for an operation whose derivative is zero (round, sign, a comparison), or for "
+            "predictions so confident that they are rounded to one class",
+            stacklevel=4,
+        )

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from droplens.batches import Batches, checked_passes
 from droplens.estimates import Estimate, exact, mean_estimate
 from droplens.losses import family
+from droplens.measure._checks import warn_of_nothing
 from droplens.measure._hessian import DENSE
 from droplens.measure._lanczos import lanczos_quadrature, random_signs
 from droplens.measure._masks import Applied, Masking, Masks
@@ -93,7 +94,7 @@ def spectral_density(  # noqa: PLR0913  # all but three have defaults
     matrix: Matrix = "hessian",
     masks: Masks = "off",
     *,
-    probes: int = 8,
+    probes: int = 16,
     steps: int = 64,
     width: float | None = None,
     draws: int = 8,
@@ -114,7 +115,8 @@ def spectral_density(  # noqa: PLR0913  # all but three have defaults
         masks: as for `hessian`; with `"expected"` every probe has its own `draws` masks, so that
             its errors hold both (the mean of few draws has a slightly wider spectrum than the
             mean of all).
-        probes: random vectors, at least 2.
+        probes: random vectors, at least 2. Where a bump holds one large eigenvalue alone its share
+            in a random vector is skewed: 95% bands from 16 of them held it 94 times in 100 there.
         steps: Lanczos steps a probe.
         width: of the bump for an eigenvalue; 2% of the spectrum's range by default.
         draws: of masks a probe, for `"expected"`; at least 2.
@@ -138,6 +140,9 @@ def spectral_density(  # noqa: PLR0913  # all but three have defaults
     with torch.enable_grad(), masking.applied(model) as applied:
         M = matrix_of(matrix, model, data, loss, applied)
         found = quadrature(M, probes, steps, source)
+        trace = times(found.mean(lambda nodes: nodes), M.size)
+    if not M.moves:
+        warn_of_nothing(matrix, trace.value)
     low, high = extent(found)
     bump = width or 0.02 * (high - low)
     grid = torch.linspace(low - 4 * bump, high + 4 * bump, _POINTS, dtype=torch.float64)
@@ -145,7 +150,7 @@ def spectral_density(  # noqa: PLR0913  # all but three have defaults
         grid,
         tuple(found.mean(partial(_bump, at=float(at), width=bump)) for at in grid),
         bump,
-        times(found.mean(lambda nodes: nodes), M.size),
+        trace,
         times(found.mean(lambda nodes: nodes.clamp_max(0)), M.size),
         found,
         matrix,

@@ -11,7 +11,7 @@ from droplens.batches import Batch, as_batches
 from droplens.calling import check_outputs, predictions
 from droplens.estimates import Estimate, exact, mean_estimate
 from droplens.losses import Family, family
-from droplens.measure._checks import trainable
+from droplens.measure._checks import trainable, warn_of_nothing
 from droplens.measure._fisher_passes import AUTOGRAD, LAYER, Labels, Method, Pass
 from droplens.measure._layers import settle_axes, watched
 from droplens.measure._masks import Applied, Masking, Masks
@@ -242,6 +242,8 @@ class _Sums:
             for name, total in self._total.items()
         }
         drawn = bool(over) or masks == "fixed"
+        if method == "exact":  # the others may vanish by chance, or in a perfect fit
+            warn_of_nothing("Fisher information", trace.value)
         return Fisher(
             trace,
             {name: total.div_(whole) for name, total in self._total.items()},

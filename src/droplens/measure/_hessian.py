@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from droplens.batches import checked_passes
 from droplens.estimates import Estimate, crossed_estimate, mean_estimate
+from droplens.measure._checks import warn_of_nothing
 from droplens.measure._directions import Direction
 from droplens.measure._lanczos import columns_at_once, random_signs, rayleigh, top_pairs
 from droplens.measure._masks import Masking, Masks
@@ -111,10 +112,13 @@ def hessian(  # noqa: PLR0913  # the last four are keywords with defaults
             Q, traces = _dense(H, top)
         else:
             _, Q = top_pairs(H, top, source)
-            traces = _Traces(H, Q)
+            traces = Traces(H, Q)
             traces.probe(probes, source)
         values, residuals = rayleigh(Q, traces.mean[:, :top])
         trace, relative = traces.estimates()
+        moves = H.moves
+    if not moves:
+        warn_of_nothing("hessian", trace.value)
     return Hessian(
         trace,
         relative,
@@ -128,14 +132,14 @@ def hessian(  # noqa: PLR0913  # the last four are keywords with defaults
     )
 
 
-def _dense(H: WeightMatrix, top: int) -> tuple[Vector, "_Traces"]:
+def _dense(H: WeightMatrix, top: int) -> tuple[Vector, "Traces"]:
     """Eigenvectors and traces from the matrix itself."""
     matrix = H.products(np.eye(H.size))
     _, vectors = np.linalg.eigh((matrix + matrix.T) / 2)
-    return vectors[:, ::-1][:, :top].copy(), _Traces(H, vectors[:, ::-1])
+    return vectors[:, ::-1][:, :top].copy(), Traces(H, vectors[:, ::-1])
 
 
-class _Traces:
+class Traces:
     """Trace and relative trace, draw of masks by draw and probe by probe.
 
     With P = QQᵀ, H = PH + HP − PHP + (I − P)H(I − P): the first three are known from HQ, and the

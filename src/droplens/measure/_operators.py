@@ -50,6 +50,7 @@ class WeightMatrix(ABC):
         self.dtype: type[np.floating[Any]] = np.float32 if single else np.float64
         self.divisor = 1.0  # what the loss divides by over all data, known after a product
         self._curved = False
+        self.moves = False  # whether some derivative in the weights is not zero, if that is known
         # Of a part; known after a look at the first batch. Parts of a graph that is kept would
         # save an eighth of the room and cost a tenth of the time.
         keep = masks.count == 1 and is_one_batch(batches)
@@ -205,7 +206,10 @@ class LossHessian(WeightMatrix):
                 "the loss does not depend on the model's trainable parameters; look for "
                 "detach() or no_grad() in its forward"
             )
-        gradient = edges(differentiable_gradient(value, self.parameters))
+        found = differentiable_gradient(value, self.parameters)
+        self.moves = self.moves or any(bool(part.any()) for part in found)
+        gradient = edges(found)
+        del found
 
         def product(vector: Sequence[Tensor]) -> Sequence[Tensor]:
             return hessian_product(gradient, self.parameters, vector)
