@@ -266,13 +266,9 @@ def test_data_in_another_order_breaks_held_masks_and_is_detected():
     assert float(found.trace) == pytest.approx(float(truth.trace))
     # The second: one batch, whose examples change places.
     for size in (3, 8):
-        with pytest.raises(
-            ValueError, match="or comes in another order"
-        ):
+        with pytest.raises(ValueError, match="or comes in another order"):
             measure.hessian(network(), loader(size), CE, 1, masks="fixed")
-        with pytest.raises(
-            ValueError, match="or comes in another order"
-        ):
+        with pytest.raises(ValueError, match="or comes in another order"):
             measure.curvature(network(), loader(size), CE, directions=1, parameters=3)
 
 
