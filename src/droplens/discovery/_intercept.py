@@ -230,7 +230,7 @@ def _uncompiled() -> AbstractContextManager[Any]:
 
 
 @contextmanager
-def intercept(model: nn.Module, visit: Visit) -> Iterator[Tracker]:
+def intercept(model: nn.Module, visit: Visit, *, repeatable: bool = False) -> Iterator[Tracker]:
     """While open, every stochastic call of `model` returns `visit(call, x)` and draws nothing.
 
     Modes are left alone: put the model in the mode you want under `guarded` first. Attention runs
@@ -238,14 +238,20 @@ def intercept(model: nn.Module, visit: Visit) -> Iterator[Tracker]:
     parts run as they were written; and checkpointed ones are refused where gradients are on,
     because they would run again, later, under other masks.
 
+    Args:
+        model: any torch model.
+        visit: gets every stochastic call.
+        repeatable: whether `visit` gives a call the same masks when it is met again, so that
+            checkpointed parts may run again.
+
     Yields:
         A tracker that knows where in the module tree the pass is.
     """
-    recorded = torch.is_grad_enabled()
+    refused = torch.is_grad_enabled() and not repeatable
 
     def named(call: Call, x: Tensor) -> Tensor:
         with _naming(call.name):
-            if recorded and not torch.is_grad_enabled() and _in_checkpoint():
+            if refused and not torch.is_grad_enabled() and _in_checkpoint():
                 raise ValueError(f"it stands in a reentrant torch.utils.checkpoint, {_AGAIN}")
             return visit(call, x)
 
@@ -254,7 +260,7 @@ def intercept(model: nn.Module, visit: Visit) -> Iterator[Tracker]:
         tracker.following(),
         _masking_modules(tracker, named),
         sdpa_kernel(SDPBackend.MATH),
-        disable_saved_tensors_hooks(_RUNS_TWICE),
+        nullcontext() if repeatable else disable_saved_tensors_hooks(_RUNS_TWICE),
         _uncompiled(),
         _Interceptor(tracker, named),
     ):

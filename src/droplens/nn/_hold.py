@@ -150,7 +150,7 @@ def _taking(model: nn.Module, masks: Masks) -> Iterator[Masks]:
         for name, module in model.named_modules():
             if isinstance(module, DropConnect):
                 stack.enter_context(_held_weight(module, name, masks))
-        stack.enter_context(intercept(model, visit))
+        stack.enter_context(intercept(model, visit, repeatable=True))
         yield masks
 
 
