@@ -305,3 +305,46 @@ def test_intervals_cover_the_truth_at_their_level():
                 low, high = getattr(owner, name).interval()
                 held[name] += low <= value <= high
     assert all(930 <= count <= 970 for count in held.values()), held
+
+
+@pytest.mark.slow
+def test_norm_modes_interval_covers_the_truth_at_its_level():
+    """1,000 repeats of 100 draws, masks before a norm layer: all 4,096 masks of the batch known."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Linear(2, 3), nn.Tanh(), nn.Dropout(P), nn.BatchNorm1d(3), nn.Linear(3, 2)
+    ).double()
+    net[3].momentum = 0.0
+    expected = 0.0
+    with torch.no_grad():
+        for weight, z in all_coins(12, P):
+            masks = [z.view(4, 3) / (1 - P)]
+            live, still = (cross_entropy(masked_output(m(), x, masks), labels) for m in modes(net))
+            expected += weight * float(live - still)
+    held = 0
+    for seed in range(1000):
+        low, high = explain(net, draws=100, seed=seed).norm_mode.interval()
+        held += low <= expected <= high
+    assert 930 <= held <= 970, held
+
+
+def modes(net):
+    """The network in train mode, then in eval."""
+    return net.train, net.eval
+
+
+@pytest.mark.slow
+def test_generalizations_interval_covers_the_truth_at_its_level():
+    """1,000 validation sets of 60 out of a population whose loss is known."""
+    net = network(0.0)
+    population, classes = randn(500, 2, seed=3), (randn(500, seed=4) > 0).long()
+    with torch.no_grad():
+        expected = float(cross_entropy(net(x), labels) - cross_entropy(net(population), classes))
+    held = 0
+    for seed in range(1000):
+        rows = torch.randint(500, (60,), generator=torch.Generator().manual_seed(seed))
+        apart = population[rows], classes[rows]
+        found = dl.explain_gap(net, (x, labels), apart, cross_entropy, 2, seed=seed)
+        low, high = found.generalization.interval()
+        held += low <= expected <= high
+    assert 930 <= held <= 970, held
