@@ -147,7 +147,10 @@ def test_intervals_cover_the_truth_at_their_level():
 
 @pytest.mark.slow
 def test_the_alignments_interval_covers_the_truth_at_its_level():
-    """The null's interval is too wide, if anything: the jackknife doubles what pairs add."""
+    """1,000 repeats: each 95% interval holds the dense matrices' value in 93–97%.
+
+    The jackknife counts twice what pairs of draws add; without that the null's held it in 92%.
+    """
     net = network()
     _, _, value, null = aligned_truth(net)
     held = dict.fromkeys(("value", "null"), 0)
@@ -156,8 +159,7 @@ def test_the_alignments_interval_covers_the_truth_at_its_level():
         for name, true in (("value", value), ("null", null)):
             low, high = getattr(result, name).interval()
             held[name] += low <= true <= high
-    assert 930 <= held["value"] <= 970, held
-    assert held["null"] >= 930, held
+    assert all(930 <= count <= 970 for count in held.values()), held
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])

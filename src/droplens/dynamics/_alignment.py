@@ -28,8 +28,9 @@ class Alignment:
 
     Args:
         value: the alignment, 1 where Σ ∝ H; standard error over masks and probes.
-        null: its mean were the eigenvectors of Σ random (Haar): tr H tr Σ/(d ‖H‖ ‖Σ‖); its error
-            is at most √2 times too large.
+        null: its mean were the eigenvectors of Σ random (Haar): tr H tr Σ/(d ‖H‖ ‖Σ‖). Where the
+            noise is held in blocks (d · draws/2 beyond 2²⁴), its error is too large, in blocks of 8
+            by half.
         null_deviation: its standard deviation under that law,
             √(2/((d − 1)(d + 2))) ‖H₀‖ ‖Σ₀‖/(‖H‖ ‖Σ‖), H₀ and Σ₀ without their traces.
         trace_product: Tr(HΣ).
