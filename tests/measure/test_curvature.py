@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from inspect import signature
 
 import pytest
 import torch
@@ -455,7 +456,8 @@ def test_intervals_over_directions_cover():
     # J has singular values down to 1e-9 of the largest, which no solve tells from none.
     assert own.intrinsic.value == pytest.approx(float(kappa[0]), rel=1e-3)
     truth, inside = float(kappa.mean()), 0
-    for drawn in kappa.view(1000, 40):
+    count = signature(measure.curvature).parameters["directions"].default
+    for drawn in kappa.view(1000, count):
         low, high = mean_estimate(drawn, "directions").interval()
         inside += low <= truth <= high
     assert 930 <= inside <= 970
