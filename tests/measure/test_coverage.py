@@ -194,22 +194,6 @@ def test_interpolation_and_planes():
     assert_covers(surface, truth)
 
 
-def test_the_barrier():
-    """Where one point stands out, so that it is the highest under all masks."""
-    model, data = network(), examples()
-    other = network()
-    with torch.no_grad():
-        other[0].weight.mul_(-1)
-
-    def run(seed, **more):
-        line = measure.interpolation(
-            model, other, data, CE, [0.0, 0.5, 1.0], "expected", seed=seed, **more
-        )
-        return Estimate(line.barrier, line.barrier_error, line.draws)
-
-    assert_covers(run, float(run(10**6, draws=4000)))
-
-
 @pytest.mark.parametrize("masks", ["off", "expected"])
 def test_hessian(monkeypatch, masks):
     model, data, H = written(monkeypatch, dense_hessian, masks)
