@@ -81,6 +81,7 @@ def term_jacobian(
             first = kept(gradients, None)
             stacks = [row.new_empty((len(contrasts), *row.shape)) for row in first]
         kept(gradients, [stack[k] for stack in stacks])  # while they are still in the cache
+        del gradients  # so that the next pass writes where this one did
     return [torch.stack(row) for row in zip(*rows, strict=True)] if rows else stacks
 
 

@@ -103,18 +103,21 @@ class Categorical(Family):
         if f.shape[-1] == 1:
             return f.new_zeros(len(f))
         top = f.detach().argmax(-1, keepdim=True)
-        lifted = F.pad(covariance_factor(covariance), (0, 0, 0, 1))  # the last class stays put
-        # The top class itself has neither noise nor part in what follows.
-        lifted = lifted - lifted.gather(1, top.unsqueeze(-1).expand(-1, -1, m))
         d = f - f.gather(1, top)
-        variance = lifted.square().sum(-1)
+        # The top class itself has neither noise nor part in what follows.
+        padded = F.pad(covariance, (0, 1, 0, 1))  # the last class stays put
+        own = padded.diagonal(dim1=-2, dim2=-1)
+        shared = padded.gather(1, top.unsqueeze(-1).expand(-1, 1, m + 1)).squeeze(1)
+        variance = (own + own.gather(1, top) - 2 * shared).clamp_min(0)  # of d
         spread = softplus_excess(d, variance).sum(-1)
         if m == 1:
             return spread
         # Classes that the noise never carries near the top do not meet.
         meet = ((reached(d, variance) > _FAR).sum(-1) > 2).nonzero().squeeze(1)
+        d, top, covariance = (t.index_select(0, meet) for t in (d, top, covariance))
+        lifted = F.pad(covariance_factor(covariance), (0, 0, 0, 1))
+        lifted = lifted - lifted.gather(1, top.unsqueeze(-1).expand(-1, -1, m))
         points = normal_points(m, max(POINTS, 2 * m)).to(f)
-        d, lifted = d.index_select(0, meet), lifted.index_select(0, meet)
         return spread.index_add(0, meet, _meeting(d, lifted, points)).clamp_min(0)
 
     def _plain(self) -> bool:
