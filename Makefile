@@ -8,7 +8,7 @@ READY  := $(VENV)/.ready
 # One thread a worker: two workers with two threads each fight for the cores.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
-.PHONY: demo claims test test-slow lint format types doctest readme bench check clean
+.PHONY: demo claims test test-slow oracles lint format types doctest readme bench check clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -26,6 +26,9 @@ test: $(READY)  ## the fast suite
 
 test-slow: $(READY)  ## the long statistical tests
 	$(PYTEST) -m slow
+
+oracles: $(READY)  ## other libraries that the tests compare ours with
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement oracles.txt
 
 lint: $(READY)
 	$(BIN)/ruff check .
