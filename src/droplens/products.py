@@ -50,7 +50,7 @@ def term_jacobian(
     contrasts: Tensor,
     tensors: Sequence[Tensor],
     kept: Kept,
-    create_graph: bool = False,
+    stacks: Sequence[Tensor] | None = None,
 ) -> Sequence[Tensor]:
     """Rows of J for one term of every example: one backward pass a contrast.
 
@@ -63,26 +63,20 @@ def term_jacobian(
         contrasts: combinations of the C natural parameters, (m, C).
         tensors: what to differentiate in.
         kept: what to keep of the gradients of one pass, written into given tensors if there are.
-        create_graph: keep the result differentiable.
+        stacks: what to write into; if not given, the result is new and differentiable.
 
     Returns:
         For each tensor that `kept` leaves, m of them: (m, *its shape).
     """
     rows: list[Sequence[Tensor]] = []
-    stacks: list[Tensor] = []
     for k, contrast in enumerate(contrasts):
         cotangent = torch.zeros_like(f)
         cotangent[:, term] = contrast
-        gradients = pull_back(f, cotangent, tensors, create_graph)
-        if create_graph:
-            rows.append(kept(gradients, None))
-            continue
-        if not stacks:
-            first = kept(gradients, None)
-            stacks = [row.new_empty((len(contrasts), *row.shape)) for row in first]
-        kept(gradients, [stack[k] for stack in stacks])  # while they are still in the cache
+        gradients = pull_back(f, cotangent, tensors, create_graph=stacks is None)
+        # Written while they are still in the cache.
+        rows.append(kept(gradients, None if stacks is None else [stack[k] for stack in stacks]))
         del gradients  # so that the next pass writes where this one did
-    return [torch.stack(row) for row in zip(*rows, strict=True)] if rows else stacks
+    return [torch.stack(row) for row in zip(*rows, strict=True)] if stacks is None else stacks
 
 
 def differentiable_gradient(value: Tensor, parameters: Sequence[Tensor]) -> tuple[Tensor, ...]:

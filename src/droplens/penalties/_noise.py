@@ -170,7 +170,7 @@ def opened_in_parts(
     whole = open_network(model, inputs, family, targets, names, keep)
     n, numbers = len(whole.f), _AT_ONCE * sum(t.numel() for t in whole.tensors)
     if stacked:
-        kept = sum(source.kept for source in whole.sources)
+        kept = sum(math.prod(shape) for source in whole.sources for shape in source.shapes)
         numbers = max(numbers, len(family.contrasts(whole.f[:1])) * kept)
     # Every part is opened anew, which takes the longer the more sites there are.
     limit = _HELD_NUMBERS * max(1, len(whole.sources) // 4)
@@ -259,6 +259,16 @@ def terms(network: Network, create_graph: bool) -> Iterator[Term]:
     f = network.f
     contrasts = network.family.contrasts(f)
     for term in range(f.shape[1] if network.sources else 0):
-        scores = term_jacobian(f, term, contrasts, network.tensors, network.scores, create_graph)
+        stacks = None if create_graph else _room(network, len(contrasts))
+        scores = term_jacobian(f, term, contrasts, network.tensors, network.scores, stacks)
         here = f[:, term] if create_graph else f[:, term].detach()
         yield Term(here, network.weights[:, term], scores)
+
+
+def _room(network: Network, m: int) -> list[Tensor]:
+    """For what is kept of m passes."""
+    return [
+        tensor.new_empty((m, *shape))
+        for source in network.sources
+        for tensor, shape in zip(source.tensors, source.shapes, strict=True)
+    ]

@@ -73,8 +73,8 @@ class Source(ABC):
 
     @property
     @abstractmethod
-    def kept(self) -> int:
-        """How many numbers `scores` makes of a pass."""
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Of what `scores` makes of a pass, tensor by tensor."""
 
     @abstractmethod
     def scales(self) -> bool:
@@ -182,11 +182,11 @@ class Units(Source):
         return shares.sum(1), shares.square().sum(1)
 
     @property
-    def kept(self) -> int:
+    def shapes(self) -> list[tuple[int, ...]]:
         """Coins of all rows."""
         if self.alike:
-            return self.h.numel() // len(self.h)
-        return len(self.h) * self._covariance(self.law).fold(self.h[:1]).numel()
+            return [(1, self.h[0].numel())]
+        return [(len(self.h), *self._covariance(self.law).fold(self.h[:1]).shape[1:])]
 
     def scales(self) -> bool:
         """All laws but those whose C̄ has another shape at every rate."""
@@ -280,9 +280,10 @@ class Weights(Source):
         return whole, squares
 
     @property
-    def kept(self) -> int:
+    def shapes(self) -> list[tuple[int, ...]]:
         """The results of all reads."""
-        return sum(tensor.numel() for tensor in self.tensors)
+        pairs = zip(self.reads, self.tensors, strict=True)
+        return [tuple(placed.layout.apart(tensor).shape) for placed, tensor in pairs]
 
     def scales(self) -> bool:
         """Independent coins."""
