@@ -168,8 +168,8 @@ class Units(Source):
         if not self.alike:
             return noise_covariance(self._covariance(law), scores[0], n)
         g = scores[0].squeeze(1)  # (m, units)
-        pairs = (g.unsqueeze(0) * g.unsqueeze(1)).flatten(0, 1)
-        moved = _variance(self.name, law) * self.h.flatten(1).square() @ pairs.mT
+        pairs = _variance(self.name, law) * (g.unsqueeze(0) * g.unsqueeze(1)).flatten(0, 1)
+        moved = self.h.flatten(1).square() @ pairs.mT
         noise: Tensor = moved.unflatten(1, (len(g), len(g)))
         return noise
 
