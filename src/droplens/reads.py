@@ -85,17 +85,18 @@ class _Kernel(Read):
     groups: int
 
     def patches(self, h: Tensor) -> Tensor:
-        """Every patch that the kernel meets: (e, r, i, *L) -> (e, g, r·L, i/g·k)."""
+        """Every patch that the kernel meets: (e, r, i, *L) -> (e, g, i/g·k, r·L)."""
         h = F.pad(h, [end for ends in reversed(self.padding) for end in ends])
         kernel = self.values.shape[2:]
         for axis, (size, step, gap) in enumerate(
             zip(kernel, self.stride, self.dilation, strict=True), start=3
         ):
             h = h.unfold(axis, gap * (size - 1) + 1, step)[..., ::gap]
-        h = h.unflatten(2, (self.groups, -1)).movedim(2, 1)  # (e, g, r, i/g, *L, *k)
-        h = h.movedim(3, 3 + len(kernel))
-        places = math.prod(h.shape[2 : 3 + len(kernel)])
-        patches: Tensor = h.reshape(len(h), self.groups, places, -1)
+        # (e, r, i, *L, *k) -> (e, g, i/g, *k, r, *L): what is copied then lies together.
+        h = h.unflatten(2, (self.groups, -1)).movedim(1, 3)
+        places = h.shape[3 : 4 + len(kernel)]
+        h = h.movedim(tuple(range(3, 4 + len(kernel))), tuple(range(-1 - len(kernel), 0)))
+        patches: Tensor = h.reshape(len(h), self.groups, -1, math.prod(places))
         return patches
 
 
@@ -113,7 +114,7 @@ class Convolution(_Kernel):
         # δ (e, m, r, o, *L) -> (e, g, m·o/g, r·L)
         d = delta.unflatten(3, (self.groups, -1)).movedim(3, 1).movedim(3, 4)
         sets, outputs = d.shape[2:4]
-        outer = d.reshape(len(d), self.groups, sets * outputs, -1) @ laid_out
+        outer = d.reshape(len(d), self.groups, sets * outputs, -1) @ laid_out.mT
         outer = outer.unflatten(2, (sets, outputs)).movedim(2, 1)
         found: Tensor = outer.reshape(*delta.shape[:2], *self.values.shape)
         return found
@@ -131,7 +132,7 @@ class Transposed(_Kernel):
         """Sums over rows and positions: the factor's values times the patches of δ."""
         h = laid_out.unflatten(2, (self.groups, -1)).movedim(1, 3).flatten(3)  # (e, g, i/g, r·L)
         # Patches hold δ as often as the kernel has places: one set at a time.
-        outers = torch.stack([h @ self.patches(d) for d in delta.unbind(1)], 1)
+        outers = torch.stack([h @ self.patches(d).mT for d in delta.unbind(1)], 1)
         found: Tensor = outers.reshape(*delta.shape[:2], *self.values.shape)
         return found
 
