@@ -163,7 +163,7 @@ class _Whole(Batches):
         return in_parts(self._batch, self._size)
 
 
-def rows_of(inputs: Any, rows: slice) -> Any:
+def rows_of(inputs: Any, rows: slice | Tensor) -> Any:
     """The examples `rows` of a batch's inputs; what is not one per example is for all of them."""
     return _rows_of(inputs, rows, n_examples(inputs))
 
@@ -184,7 +184,7 @@ def in_parts(batch: Batch, rows: int) -> Iterator[Batch]:
         yield Batch(rows_of(batch.inputs, part), targets)
 
 
-def _rows_of(inputs: Any, rows: slice, n: int) -> Any:
+def _rows_of(inputs: Any, rows: slice | Tensor, n: int) -> Any:
     if isinstance(inputs, Tensor):
         return inputs[rows] if inputs.dim() and len(inputs) == n else inputs
     if isinstance(inputs, Mapping):

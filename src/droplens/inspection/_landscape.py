@@ -5,6 +5,7 @@ from typing import Final
 
 from droplens.inspection._extra import Extra
 from droplens.inspection._subject import Subject
+from droplens.inspection._wandering import wandering
 from droplens.measure import (
     Fisher,
     FisherSpectrum,
@@ -67,6 +68,11 @@ LANDSCAPE: Final[Mapping[str, Extra]] = {
     ),
     "expected_fisher": Extra(
         _fisher_under_masks, "gives the Fisher information averaged over masks"
+    ),
+    "variance_flatness": Extra(
+        wandering,
+        "trains a copy of the network for some steps and holds how far its weights wander against "
+        "how flat the loss is there",
     ),
     "plane": Extra(_plane, "gives the loss on a plane of two random directions"),
 }

@@ -53,7 +53,7 @@ def _first(on: Subject) -> tuple[Batch, Tensor]:
     return batch, targets_of(batch.targets)
 
 
-def _some(on: Subject) -> list[Batch]:
+def some(on: Subject) -> list[Batch]:
     """Batches of the data until there are enough examples."""
     found: list[Batch] = []
     left = _MOST_EXAMPLES
@@ -66,7 +66,7 @@ def _some(on: Subject) -> list[Batch]:
 
 
 def _noise(on: Subject) -> GradientNoise:
-    masked = MaskedLoss(on.model, _some(on), on.loss)
+    masked = MaskedLoss(on.model, some(on), on.loss)
     source, seed = private_generator(None, on.seed, masked.device)
     return noise_on(masked, _NOISE_DRAWS, masked.lawful, source, seed)
 
@@ -77,7 +77,7 @@ def _alignment(on: Subject) -> Alignment:
             f"its vectors are too large for a page ({on.sizes.weights:,} trainable numbers); "
             "droplens.dynamics.noise_alignment measures it"
         )
-    return alignment_on(on.model, _some(on), on.loss, _ALIGNED_DRAWS, _PROBES, None, on.seed)
+    return alignment_on(on.model, some(on), on.loss, _ALIGNED_DRAWS, _PROBES, None, on.seed)
 
 
 def _gap(on: Subject) -> GapExplained:
@@ -87,7 +87,7 @@ def _gap(on: Subject) -> GapExplained:
 
 
 def _modified(on: Subject) -> ModifiedLoss:
-    batches = as_batches(_some(on))
+    batches = as_batches(some(on))
     return modified_loss(on.model, batches, None, on.loss, _STEP, _MODIFIED_DRAWS, seed=on.seed)
 
 

@@ -5,10 +5,23 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from droplens.estimates import Estimate
+from droplens.inspection._wandering import Wandering
 from droplens.measure import Fisher, FisherSpectrum, Hessian, Plane, SpectralDensity
 from droplens.report._document import Column, Figure, Section, Table
-from droplens.report._figures import Curve, lines
+from droplens.report._figures import Curve, colours, lines
 from droplens.report._weights import hessian_section, over, pooled
+
+_WANDERING_TEXT: Final = (
+    "A copy of the network is trained on, its steps small and of constant size. How far its "
+    "weights wander about a straight line in time is held against the flatness interval of the "
+    "network's loss along the same directions, dropout off: how far one can go either way until "
+    "the loss is e times its own. A negative slope is the inverse variance–flatness relation: "
+    "weights wander more where the loss is steep. A positive one says that they wander where the "
+    "loss does not stop them.\n\n"
+    "Directions in which so few steps do not settle still hold some of the drift. The interval is "
+    "in multiples of each network's own loss, so that it says little between networks of different "
+    "loss; the slope does not depend on its unit."
+)
 
 
 def _sharper(sets: Mapping[str, Sequence[Hessian]], unit: str) -> Section:
@@ -90,6 +103,67 @@ def _fisher_under_masks(sets: Mapping[str, Sequence[Fisher]], unit: str) -> Sect
     return Section("How sharp are the predictions in the weights, under dropout?", "", [table])
 
 
+def _wanderings(sets: Mapping[str, Sequence[Wandering]], unit: str) -> Section:
+    one = next(iter(sets.values()))[0]
+    rows = [
+        (name, pooled([w.found.slope for w in found]), over([w.found.base for w in found]))
+        for name, found in sets.items()
+    ]
+    table = Table(
+        [Column("set"), Column("slope of log variance on log flatness"), Column("loss", unit)],
+        rows,
+        "Variance against flatness",
+        f"A copy of each network took {one.steps} steps of gradient descent of size "
+        f"{one.step_size:g}, {one.batch} of {one.examples} examples each, with the network's own "
+        f"masks and norm layers in eval; {one.found.checkpoints} checkpoints. Errors are over the "
+        "directions whose interval has ends, or over networks where there are several.",
+    )
+    drawn = any(bool(each[0].found.flatness.isfinite().any()) for each in sets.values())
+    return Section(
+        "Do the weights wander more where the loss is steep?",
+        _WANDERING_TEXT,
+        [*([_paths(sets)] if drawn else []), table],
+    )
+
+
+def _paths(sets: Mapping[str, Sequence[Wandering]]) -> Figure:
+    import altair as alt
+
+    found = {name: each[0].found for name, each in sets.items()}
+    records = [
+        {"group": name, "label": k + 1, "x": width, "y": variance}
+        for name, own in found.items()
+        for k, (width, variance) in enumerate(
+            zip(own.flatness.tolist(), own.variance.tolist(), strict=True)
+        )
+        if math.isfinite(width)
+    ]
+    x, y = "flatness (width of the interval, weight)", "variance (weight²)"
+    title = "Variance and flatness along the principal directions"
+    chart = (
+        alt.Chart(alt.InlineData(values=records))
+        .mark_circle(size=40, opacity=0.7)
+        .encode(
+            x=alt.X("x:Q", title=x, scale=alt.Scale(type="log"), axis=alt.Axis(tickCount=4)),
+            y=alt.Y("y:Q", title=y, scale=alt.Scale(type="log"), axis=alt.Axis(tickCount=4)),
+            color=colours(alt, list(found), symbol="circle"),
+            tooltip=[
+                alt.Tooltip("group:N", title="set"),
+                alt.Tooltip("label:Q", title="direction"),
+                alt.Tooltip("x:Q", title=x, format=".4"),
+                alt.Tooltip("y:Q", title=y, format=".4"),
+            ],
+        )
+    )
+    data = Table(
+        (Column("set"), Column("direction"), Column(x), Column(y)),
+        [(r["group"], r["label"], r["x"], r["y"]) for r in records],
+        caption=f"Numbers behind “{title}”",
+    )
+    caption = "Of the first network of each set." if any(len(e) > 1 for e in sets.values()) else ""
+    return Figure(chart.properties(height=280), title, x, y, caption, data)
+
+
 def _planes(sets: Mapping[str, Sequence[Plane]], unit: str) -> Section:
     firsts = {name: found[0] for name, found in sets.items()}
     figures = [_surface(found, f"Loss on a plane ({name})", unit) for name, found in firsts.items()]
@@ -145,5 +219,6 @@ LANDSCAPE: Final[Mapping[str, Callable[[Mapping[str, Sequence[Any]], str], Secti
     "spectral_density": _density,
     "fisher_spectrum": _fisher_spectrum,
     "expected_fisher": _fisher_under_masks,
+    "variance_flatness": _wanderings,
     "plane": _planes,
 }
