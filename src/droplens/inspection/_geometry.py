@@ -23,7 +23,9 @@ from droplens.measure._coordinates import Connection
 # A page made in passing: curvature takes passes by the thousand.
 _EXAMPLES: Final = 64
 _SLICE: Final = 24
-_DIRECTIONS: Final = 4
+_DIRECTIONS: Final = 40
+# Every mask is a network: with as many directions as without them, a page would take minutes.
+_MASKED_DIRECTIONS: Final = 4
 _MASKS: Final = 16
 
 
@@ -56,7 +58,6 @@ def _curved(on: Subject) -> Curvatures:
     # As many numbers as leave the predictions most of their freedom.
     free = n * on.sizes.terms * max(1, on.sizes.parameters - 1)
     slice_size = max(1, min(_SLICE, free // 4, on.sizes.weights))
-    steps = min(_DIRECTIONS, on.directions)
 
     def measured(connection: Connection, draws: int | None) -> Curvature:
         return curvature(
@@ -64,7 +65,7 @@ def _curved(on: Subject) -> Curvatures:
             inputs,
             on.loss,
             connection,
-            steps,
+            _DIRECTIONS if draws is None else _MASKED_DIRECTIONS,
             draws,
             parameters=slice_size,
             seed=on.seed,

@@ -57,11 +57,12 @@ def _curved(sets: Mapping[str, Sequence[Curvatures]], unit: str) -> Section:
                 if not each:
                     continue
                 label = f"{connection}, {'dropout off' if masks == 'plain' else 'masks averaged'}"
-                rows.append((label, name, *_curvature_cells(each)))
+                rows.append((label, name, len(each[0].values), *_curvature_cells(each)))
                 values.setdefault(label, {})[name] = _pooled([c.intrinsic for c in each])
     columns = [
         Column("connection"),
         Column("set"),
+        Column("directions"),
         Column("intrinsic", f"1/√({unit})"),
         Column("parameter effects", f"1/√({unit})"),
         Column("intrinsic, scale-free"),
@@ -74,9 +75,10 @@ def _curved(sets: Mapping[str, Sequence[Curvatures]], unit: str) -> Section:
         rows,
         "Curvature of the manifold of predictions",
         f"{first.examples} examples with {one.outputs} free outputs; "
-        f"{sum(one.parameters.values())} weights drawn at random may move; "
-        f"{len(one.values)} directions among them, over which the errors are (over networks where "
-        "there are several).",
+        f"{sum(one.parameters.values())} weights drawn at random may move; errors are over "
+        "directions among them (over networks where there are several). Over few directions, as "
+        "with masks, which take longer, a 95% interval covers less than that, because curvatures "
+        "are skewed.",
     )
     figure = bars(
         values,
