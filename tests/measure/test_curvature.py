@@ -178,10 +178,11 @@ def enumerated(model, x, connection):
 
 
 @pytest.mark.parametrize("connection", ["e", "m"])
-def test_the_average_over_given_masks_equals_the_dense_one(connection):
+@pytest.mark.parametrize(("draws", "masks_named"), [(1, "fixed"), (4, "averaged")])
+def test_the_average_over_given_masks_equals_the_dense_one(connection, draws, masks_named):
     """The masks that the seed draws, put into the formula by hand."""
     model, x = network(), points()
-    v, draws = step(model), 4
+    v = step(model)
     found = measure.curvature(model, x, CE, connection, [v], draws, seed=3)
     masks = torch.Generator().manual_seed(_predictor._mixed(3, 0, draws, 0))
     shape = (draws * 14, 3)
@@ -195,7 +196,8 @@ def test_the_average_over_given_masks_equals_the_dense_one(connection):
     kappa, effects = dense(model, x, v, connection, "ce", average)
     assert found.intrinsic.value == pytest.approx(kappa, rel=1e-8)
     assert found.parameter_effects.value == pytest.approx(effects, rel=1e-8)
-    assert found.masks == "averaged"
+    assert found.masks == masks_named
+    assert (found.mask_bias is None) == (draws == 1)
 
 
 @pytest.mark.slow
@@ -357,7 +359,7 @@ class Shifting:
     ("build", "options", "error", "message"),
     [
         (network, {"connection": "a"}, ValueError, "connection has to be 'e' or 'm', but got 'a'"),
-        (network, {"draws": 1}, ValueError, "draws has to be a whole number of at least 2"),
+        (network, {"draws": 0}, ValueError, "draws has to be a whole number of at least 1"),
         (network, {"directions": 0}, ValueError, "directions has to be at least 1, but got 0"),
         (network, {"directions": []}, ValueError, "directions is empty"),
         (network, {"directions": 1.5}, TypeError, "directions has to be a number or a sequence"),

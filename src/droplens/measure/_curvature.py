@@ -49,10 +49,10 @@ class Curvature:
         residual: the largest of the least-squares solves.
         parameters: how many numbers of each parameter may move.
         outputs: free outputs, n·T·C (C − 1 for softmax), against which these count.
-        draws: masks in the average; None for the network without dropout.
+        draws: masks in the average, 1 for those of one draw; None for the network without dropout.
         mask_bias: what the finite number of masks adds to κ, judged from halves of them by its
-            1/draws in κ²; subtract it for the limit of many masks. None without masks.
-        masks: "off", or "averaged" with the same masks held for every product.
+            1/draws in κ²; subtract it for the limit of many masks. None for less than two.
+        masks: "off", "fixed" or "averaged", the same masks held for every product.
         seed: repeats slice, directions and masks.
     """
 
@@ -93,7 +93,8 @@ def curvature(  # noqa: PLR0913  # the last three are keywords with defaults
 
     With `draws`, z is the average over that many masks per input, the same for every product:
     logits are averaged for "e", probabilities for "m". Their noise bends the manifold too, and
-    adds O(1/draws) to κ²: `mask_bias` says how much, roughly.
+    adds O(1/draws) to κ²: `mask_bias` says how much, roughly. One draw is held as it is: the
+    curvature of a network with those units dropped.
 
     Args:
         model: any torch module that can be differentiated twice.
@@ -102,7 +103,7 @@ def curvature(  # noqa: PLR0913  # the last three are keywords with defaults
             classes do not matter, because the metric is the mean over inputs.
         connection: "e" or "m".
         directions: how many Gaussian ones to draw, or a sequence of {parameter name: step}.
-        draws: masks to average over; without them dropout is off.
+        draws: masks to average over, or 1 for one held draw; without them dropout is off.
         parameters: the slice of parameters that may move: names, or how many numbers to draw at
             random; all that are trainable if not given.
         seed: repeats the slice, the directions and the masks.
@@ -121,8 +122,8 @@ def curvature(  # noqa: PLR0913  # the last three are keywords with defaults
     """
     if connection not in {"e", "m"}:
         raise ValueError(f"connection has to be 'e' or 'm', but got {connection!r}")
-    if draws is not None and (isinstance(draws, bool) or not isinstance(draws, int) or draws < 2):
-        raise ValueError(f"draws has to be a whole number of at least 2, or None, but got {draws}")
+    if draws is not None and (isinstance(draws, bool) or not isinstance(draws, int) or draws < 1):
+        raise ValueError(f"draws has to be a whole number of at least 1, or None, but got {draws}")
     family, (source, used_seed) = family_of(loss), private_generator(generator, seed)
     trainable(model)
     predictor = predictor_of(model, inputs, family, connection)
@@ -131,7 +132,7 @@ def curvature(  # noqa: PLR0913  # the last three are keywords with defaults
     with predictor.opened(draws, used_seed) as opened:
         whole = _Network(opened, moving, range(draws or 1))
         found = [curvature_along(whole, step) for step in steps]
-        bias = _mask_bias(opened, moving, draws, steps, found) if draws else None
+        bias = _mask_bias(opened, moving, draws, steps, found) if draws and draws > 1 else None
     values = torch.tensor([[c.intrinsic, c.parameter_effects] for c in found], dtype=torch.float64)
     return Curvature(
         connection,
@@ -146,7 +147,7 @@ def curvature(  # noqa: PLR0913  # the last three are keywords with defaults
         whole.freedom,
         draws,
         bias,
-        "averaged" if draws else "off",
+        "off" if draws is None else "fixed" if draws == 1 else "averaged",
         used_seed,
     )
 
@@ -226,7 +227,7 @@ class _Network(TangentMap):
         self.freedom = freedom(predictor.family, z)
         _check_room(self.size, self.freedom, z, predictor.family)
         scale = _scale(predictor.family, z)
-        plain = f if opened.masks is None else None
+        plain = f if len(draws) == 1 else None
         self._metric: Metric = metric_at(predictor.family, z, predictor.connection, plain, scale)
         self._shape = z.shape
         self.length = float(self._metric.weigh(z - z.mean(0)).norm())
