@@ -57,12 +57,11 @@ def _curved(sets: Mapping[str, Sequence[Curvatures]], unit: str) -> Section:
                 if not each:
                     continue
                 label = f"{connection}, {'dropout off' if masks == 'plain' else 'masks averaged'}"
-                rows.append((label, name, len(each[0].values), *_curvature_cells(each)))
+                rows.append((label, name, *_curvature_cells(each)))
                 values.setdefault(label, {})[name] = _pooled([c.intrinsic for c in each])
     columns = [
         Column("connection"),
         Column("set"),
-        Column("directions"),
         Column("intrinsic", f"1/√({unit})"),
         Column("parameter effects", f"1/√({unit})"),
         Column("intrinsic, scale-free"),
@@ -76,9 +75,8 @@ def _curved(sets: Mapping[str, Sequence[Curvatures]], unit: str) -> Section:
         "Curvature of the manifold of predictions",
         f"{first.examples} examples with {one.outputs} free outputs; "
         f"{sum(one.parameters.values())} weights drawn at random may move; errors are over "
-        "directions among them (over networks where there are several). Over few directions, as "
-        "with masks, which take longer, a 95% interval covers less than that, because curvatures "
-        "are skewed.",
+        f"{len(one.values)} directions among them{_few(sets)} (over networks where there are "
+        "several).",
     )
     figure = bars(
         values,
@@ -88,6 +86,17 @@ def _curved(sets: Mapping[str, Sequence[Curvatures]], unit: str) -> Section:
         caption="How the curve bends out of what the weights reach to first order.",
     )
     return Section("How curved is the manifold of predictions?", _CURVED_TEXT, [table, figure])
+
+
+def _few(sets: Mapping[str, Sequence[Curvatures]]) -> str:
+    """Over how many directions the averages over masks were taken, if any were."""
+    averaged = [c for found in sets.values() for own in found for c in own.averaged.values()]
+    if not averaged:
+        return ""
+    return (
+        f", with masks over the first {len(averaged[0].values)}, because masks take longer: "
+        "curvatures are skewed, and a 95% interval over so few covers less than it says"
+    )
 
 
 def _curvature_cells(each: Sequence[Curvature]) -> tuple[Any, ...]:

@@ -20,7 +20,7 @@ _WANDERING_TEXT: Final = (
     "loss does not stop them.\n\n"
     "Directions in which so few steps do not settle still hold some of the drift. The interval is "
     "in multiples of each network's own loss, so that it says little between networks of different "
-    "loss; the slope does not depend on its unit."
+    "loss; a factor that all intervals share leaves the slope as it is."
 )
 
 
@@ -140,12 +140,13 @@ def _paths(sets: Mapping[str, Sequence[Wandering]]) -> Figure:
     ]
     x, y = "flatness (width of the interval, weight)", "variance (weight²)"
     title = "Variance and flatness along the principal directions"
+    log = alt.Scale(type="log", nice=False, padding=12)
     chart = (
         alt.Chart(alt.InlineData(values=records))
         .mark_circle(size=40, opacity=0.7)
         .encode(
-            x=alt.X("x:Q", title=x, scale=alt.Scale(type="log"), axis=alt.Axis(tickCount=4)),
-            y=alt.Y("y:Q", title=y, scale=alt.Scale(type="log"), axis=alt.Axis(tickCount=4)),
+            x=alt.X("x:Q", title=x, scale=log, axis=alt.Axis(tickCount=4)),
+            y=alt.Y("y:Q", title=y, scale=log, axis=alt.Axis(tickCount=4, format="~e")),
             color=colours(alt, list(found), symbol="circle"),
             tooltip=[
                 alt.Tooltip("group:N", title="set"),
@@ -185,12 +186,13 @@ def _surface(found: Plane, title: str, unit: str) -> Figure:
         if math.isfinite(value)
     ]
     x, y = "first direction (share of the norms)", "second direction (share of the norms)"
+    ticks = alt.Axis(labelAngle=0, labelOverlap=True, labelSeparation=6, format="~g")
     chart = (
         alt.Chart(alt.InlineData(values=records))
         .mark_rect(color="var(--series-1)")
         .encode(
-            x=alt.X("x:O", title=x, axis=alt.Axis(labelAngle=0)),
-            y=alt.Y("y:O", title=y, sort="descending"),
+            x=alt.X("x:O", title=x, axis=ticks),
+            y=alt.Y("y:O", title=y, sort="descending", axis=ticks),
             opacity=alt.Opacity(
                 "loss:Q", scale=alt.Scale(type="sqrt", range=[0.04, 1]), legend=None
             ),
