@@ -14,6 +14,7 @@ from droplens import measure
 from droplens.batches import Batch
 from droplens.inspection import _wandering
 from droplens.measure._risk import Loss
+from droplens.measure._trajectory import principal_directions
 from droplens.report._landscape import LANDSCAPE
 from tests.inspection.test_inspect import data, loss, network, quick
 
@@ -30,6 +31,13 @@ def little(monkeypatch):
 
 def asked(model, given=None):
     return quick(model, given or data(), measures=[NAME])
+
+
+def trained(model, seed=0):
+    subject = type("Subject", (), {"model": model, "seed": seed})
+    x, y = data()
+    batch = Batch(x.to(next(model.parameters()).dtype), y)
+    return _wandering._trained(subject, [batch], Loss(loss))
 
 
 def test_it_joins_the_result_the_page_and_the_twin(tmp_path):
@@ -75,9 +83,7 @@ def test_the_steps_are_those_of_gradient_descent(monkeypatch):
     """One batch holds all, nothing drops: the copy follows torch's own optimiser."""
     monkeypatch.setattr(_wandering, "_EXAMPLES", 1000)
     model, (x, y) = network(0.0).double(), data()
-    batch = Batch(x.double(), y)
-    subject = type("Subject", (), {"model": model, "seed": 0})
-    states = _wandering._trained(subject, [batch], Loss(loss))
+    states = trained(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     for step in range(40):
         optimizer.zero_grad()
@@ -86,6 +92,25 @@ def test_the_steps_are_those_of_gradient_descent(monkeypatch):
         if step % 5 == 4:
             for name, weight in model.named_parameters():
                 torch.testing.assert_close(states[step // 5][name], weight.detach())
+
+
+def test_the_variance_is_of_the_path_less_its_drift():
+    model = network()
+    states = trained(model)
+    found = asked(model).extras[NAME].found
+    kept, _ = principal_directions(_wandering._without_drift(states), 20)
+    whole, _ = principal_directions(states, 20)
+    torch.testing.assert_close(found.variance, kept)
+    assert float(whole[0]) > 1.5 * float(kept[0])
+
+
+def test_the_copy_keeps_its_dropout(monkeypatch):
+    """With all examples in every batch, masks are all that chance has left."""
+    monkeypatch.setattr(_wandering, "_EXAMPLES", 1000)
+    same = [trained(network(0.0).double(), seed)[-1]["0.weight"] for seed in (0, 1)]
+    masked = [trained(network(0.5).double(), seed)[-1]["0.weight"] for seed in (0, 1)]
+    torch.testing.assert_close(*same)
+    assert float((masked[0] - masked[1]).norm()) > 1e-3 * float(masked[0].norm())
 
 
 def test_every_example_comes_once_an_epoch():
