@@ -33,11 +33,11 @@ def asked(model, given=None):
     return quick(model, given or data(), measures=[NAME])
 
 
-def trained(model, seed=0):
+def trained(model, seed=0, criterion=loss):
     subject = type("Subject", (), {"model": model, "seed": seed})
     x, y = data()
     batch = Batch(x.to(next(model.parameters()).dtype), y)
-    return _wandering._trained(subject, [batch], Loss(loss))
+    return _wandering._trained(subject, [batch], Loss(criterion))
 
 
 def test_it_joins_the_result_the_page_and_the_twin(tmp_path):
@@ -111,6 +111,13 @@ def test_the_copy_keeps_its_dropout(monkeypatch):
     masked = [trained(network(0.5).double(), seed)[-1]["0.weight"] for seed in (0, 1)]
     torch.testing.assert_close(*same)
     assert float((masked[0] - masked[1]).norm()) > 1e-3 * float(masked[0].norm())
+
+
+def test_a_sum_over_examples_steps_as_their_mean_does():
+    model = network().double()
+    mean, total = trained(model), trained(model, criterion=nn.CrossEntropyLoss(reduction="sum"))
+    for first, second in zip(mean, total, strict=True):
+        torch.testing.assert_close(first, second)
 
 
 def test_every_example_comes_once_an_epoch():

@@ -37,7 +37,7 @@ class Wandering:
             directions, and the flatness interval of the network's own loss along these, dropout
             off.
         steps: of gradient descent that the copy took, with the network's own masks.
-        step_size: of each; constant.
+        step_size: of each, for the mean over examples; constant.
         batch: examples a step.
         examples: how many of the data, the first ones.
     """
@@ -88,6 +88,8 @@ def _trained(on: Subject, data: Sequence[Batch], loss: Loss) -> list[dict[str, T
         for step in range(_CHECKPOINTS * _STEPS):
             batch, targets = next(batches)
             value = loss.value(predictions(twin, batch.inputs), targets)
+            # Of the mean over examples, also where the loss is their sum.
+            value = value * (loss.whole(float(len(targets))) / len(targets))
             slopes = torch.autograd.grad(
                 value, list(weights.values()), allow_unused=True, materialize_grads=True
             )
