@@ -79,6 +79,21 @@ def test_the_ends_are_the_two_networks_with_their_statistics():
     assert float(models[0][1].running_mean[0]) == 0.5
 
 
+def test_a_barrier_that_is_not_seen_is_no_certainty():
+    model = network(0).eval()
+    other = network(0).eval()
+    with torch.no_grad():
+        other[4].weight.add_(0.3)
+    # The loss is convex in the last layer, so that it rises nowhere above the straight line.
+    data, loss = examples(), nn.CrossEntropyLoss()
+    found = measure.interpolation(model, other, data, loss, 5, "expected", seed=0)
+    assert found.barrier == 0
+    assert found.barrier_error > 0
+    ends = measure.interpolation(model, other, data, loss, [0.0, 1.0], "expected", seed=0)
+    assert (ends.barrier, ends.barrier_error) == (0, 0)
+    assert measure.interpolation(model, other, data, loss, 5).barrier_error == 0
+
+
 @pytest.mark.parametrize(
     ("model_b", "points", "error", "message"),
     [
