@@ -1,3 +1,5 @@
+import copy
+import itertools
 import math
 
 import numpy as np
@@ -108,6 +110,43 @@ def test_the_density_is_that_of_the_dense_eigenvalues(matrix):
         assert abs(float(found.negative) - below) < 4 * found.negative.standard_error
     assert found.matrix == matrix
     assert found.trace.over == "probes"
+
+
+def test_the_spectrum_of_expected_masks_is_not_widened_by_drawing_few():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(1, 2), nn.Tanh(), nn.Dropout(0.5), nn.Linear(2, 2, bias=False)
+    ).double()
+    x, y = torch.ones(1, 1).double(), torch.tensor([0])
+    matrices = []
+    for mask in itertools.product([0.0, 2.0], repeat=2):
+        written = copy.deepcopy(model).eval()
+        written[2] = Times(torch.tensor(mask).double())
+        matrices.append(dense_hessian(written, x, y, CE))
+    H = sum(matrices) / len(matrices)
+    found = measure.spectral_density(
+        model, (x, y), CE, masks="expected", draws=3, probes=100, seed=0
+    ).quadrature
+    truth = float(H.square().sum()) / len(H)
+    square = found.mean(torch.square)
+    # All draws, and two unequal halves of them.
+    assert {len(nodes) for nodes in found.nodes} == {3 * len(H)}
+    assert abs(square.value - truth) < 3 * square.standard_error
+    plain = sum(float(nodes[: len(H)].square().mean()) for nodes in found.nodes) / 100
+    assert plain - truth > 3 * square.standard_error
+    for nodes, weights in zip(found.nodes, found.weights, strict=True):
+        assert float(weights.sum()) == pytest.approx(1)
+        # What is linear in the matrix was unbiased, and stays as it was.
+        assert float(weights @ nodes) == pytest.approx(float(nodes[: len(H)].mean()))
+
+
+class Times(nn.Module):
+    def __init__(self, mask):
+        super().__init__()
+        self.mask = mask
+
+    def forward(self, h):
+        return h * self.mask
 
 
 def test_the_effective_dimension_is_that_of_the_dense_eigenvalues():

@@ -171,8 +171,9 @@ def test_masks_stay_with_their_example_where_gradients_are_taken_one_by_one(enum
     torch.testing.assert_close(diagonal, dense.diagonal(), rtol=1e-10, atol=1e-14)
 
 
-def nodes(model, data, **options):
-    return measure.spectral_density(model, data, CE, probes=2, **options).quadrature.nodes[0]
+def largest_node(model, data, **options):
+    found = measure.spectral_density(model, data, CE, probes=2, **options)
+    return found.quadrature.nodes[0].max()
 
 
 def fisher_top(model, data, **options):
@@ -186,7 +187,7 @@ MEASURES = {
     "sharpness": lambda m, d, **o: measure.sharpness(m, d, CE, directions=2, **o).raw_values,
     "hessian": lambda m, d, **o: measure.hessian(m, d, CE, 2, **o).top_eigenvalues,
     "fisher": lambda m, d, **o: measure.fisher(m, d, CE, **o).diagonal["0.weight"],
-    "density": nodes,
+    "density": largest_node,
     "fisher spectrum": fisher_top,
 }
 

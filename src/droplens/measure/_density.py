@@ -38,7 +38,7 @@ class Quadrature:
 
     Args:
         nodes: by probe, float64.
-        weights: by probe, summing to 1.
+        weights: by probe, summing to 1; some are negative where masks are averaged over.
         size: d.
         exactly: one "probe" holds all eigenvalues.
         over: what the probes stand for.
@@ -53,8 +53,13 @@ class Quadrature:
     def mean(self, f: Callable[[Tensor], Tensor]) -> Estimate:
         """Tr f(M)/d."""
         pairs = zip(self.nodes, self.weights, strict=True)
-        values = [float(weights @ f(nodes)) for nodes, weights in pairs]
-        return exact(values[0], self.over) if self.exactly else mean_estimate(values, self.over)
+        return self.estimate(torch.stack([weights @ f(nodes) for nodes, weights in pairs]))
+
+    def estimate(self, values: Tensor) -> Estimate:
+        """The mean of a number a probe."""
+        if self.exactly:
+            return exact(float(values[0]), self.over)
+        return mean_estimate(values, self.over)
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,8 @@ class SpectralDensity:
     Args:
         grid: λ, (k,), float64, evenly spaced and a little wider than the spectrum.
         density: φ(λ) = (1/d) Σ_i N(λ; λ_i, width²) at the grid, with errors over probes (and
-            masks); `.interval()` of an entry is the band. It integrates to 1.
+            masks); `.interval()` of an entry is the band. It integrates to 1; where masks are
+            averaged over an entry may come out below 0, within its error.
         width: standard deviation of the normal bump that stands for an eigenvalue.
         trace: Σ λ.
         negative: Σ of the negative eigenvalues, part of the trace.
@@ -113,8 +119,10 @@ def spectral_density(  # noqa: PLR0913  # all but three have defaults
         loss: a loss object; for "fisher" one of exponential-family form.
         matrix: the Hessian of the loss, or its Fisher information (Gauss–Newton) matrix.
         masks: as for `hessian`; with `"expected"` every probe has its own `draws` masks, so that
-            its errors hold both (the mean of few draws has a slightly wider spectrum than the
-            mean of all).
+            its errors hold both. The mean of few draws has a wider spectrum than the mean of all:
+            products with halves of the draws, as many again, take off what is 1/draws of that.
+            What is 1/draws² stays: where masks move eigenvalues by more than `width`, 95% bands
+            held 74 (of 2 examples) to 85 times in 100 (of 20); more draws help.
         probes: random vectors, at least 2. Where a bump holds one large eigenvalue alone its share
             in a random vector is skewed: 95% bands from 16 of them held it 94 times in 100 there.
         steps: Lanczos steps a probe.
@@ -148,7 +156,7 @@ def spectral_density(  # noqa: PLR0913  # all but three have defaults
     grid = torch.linspace(low - 4 * bump, high + 4 * bump, _POINTS, dtype=torch.float64)
     return SpectralDensity(
         grid,
-        tuple(found.mean(partial(_bump, at=float(at), width=bump)) for at in grid),
+        _density(found, grid, bump),
         bump,
         trace,
         times(found.mean(lambda nodes: nodes.clamp_max(0)), M.size),
@@ -185,20 +193,39 @@ def quadrature(M: WeightMatrix, probes: int, steps: int, source: torch.Generator
     """Nodes and weights of every probe; of a small matrix all eigenvalues, unless masks vary."""
     if M.size <= DENSE:
         return _dense(M, probes)
-    nodes, weights = [], []
+    pairs = []
     for probe in range(probes):
         start = random_signs(M.size, 1, source)[:, 0]
-        values, shares = _quadrature(M, start, steps, probe)
-        nodes.append(torch.from_numpy(values))
-        weights.append(torch.from_numpy(shares))
-    return Quadrature(tuple(nodes), tuple(weights), M.size, False, _over(M))
+        pairs.append(_unbiased(M, probe, partial(_quadrature, M, start, steps)))
+    nodes, weights = zip(*pairs, strict=True)
+    return Quadrature(nodes, weights, M.size, False, _over(M))
 
 
-def _quadrature(M: WeightMatrix, start: Vector, steps: int, block: int) -> tuple[Vector, Vector]:
+def _quadrature(M: WeightMatrix, start: Vector, steps: int, draws: range) -> tuple[Vector, Vector]:
     try:
-        return lanczos_quadrature(lambda v: M.product(v, block), start, steps)
+        return lanczos_quadrature(lambda v: M.product(v, draws), start, steps)
     except FlatError:
         return np.zeros(1), np.ones(1)
+
+
+def _unbiased(
+    M: WeightMatrix, probe: int, spectrum: Callable[[range], tuple[Vector, Vector]]
+) -> tuple[Tensor, Tensor]:
+    """Nodes and weights of a probe's masks and of both halves of them.
+
+    The mean of K matrices has a wider spectrum than their expectation: tr f of it is off by c/K +
+    O(1/K²), and of its halves by 2c/K on average. Twice the one less the other has no c.
+    """
+    count = M.masks.count
+    whole = range(probe * count, (probe + 1) * count) if count > 1 else range(1)
+    parts = [(whole, 1.0)]
+    if count > 1:
+        halves = whole[: count // 2], whole[count // 2 :]
+        parts = [(whole, 2.0), *((half, -len(half) / count) for half in halves)]
+    found = [(spectrum(draws), share) for draws, share in parts]
+    nodes = np.concatenate([values for (values, _), _ in found])
+    weights = np.concatenate([share * own for (_, own), share in found])
+    return torch.from_numpy(nodes), torch.from_numpy(weights)
 
 
 def _over(M: WeightMatrix) -> str:
@@ -206,14 +233,16 @@ def _over(M: WeightMatrix) -> str:
 
 
 def _dense(M: WeightMatrix, probes: int) -> Quadrature:
-    blocks = probes if M.masks.count > 1 else 1
-    even = torch.full((M.size,), 1 / M.size, dtype=torch.float64)
-    nodes = []
-    for block in range(blocks):
-        matrix = M.products(np.eye(M.size), block)
-        nodes.append(torch.from_numpy(np.linalg.eigvalsh((matrix + matrix.T) / 2)))
-    over = "masks" if blocks > 1 else "probes"
-    return Quadrature(tuple(nodes), (even,) * blocks, M.size, blocks == 1, over)
+    even = np.full(M.size, 1 / M.size)
+
+    def spectrum(draws: range) -> tuple[Vector, Vector]:
+        matrix = M.products(np.eye(M.size), draws)
+        return np.linalg.eigvalsh((matrix + matrix.T) / 2), even
+
+    sampled = M.masks.count > 1
+    pairs = [_unbiased(M, probe, spectrum) for probe in range(probes if sampled else 1)]
+    nodes, weights = zip(*pairs, strict=True)
+    return Quadrature(nodes, weights, M.size, not sampled, "masks" if sampled else "probes")
 
 
 def extent(found: Quadrature) -> tuple[float, float]:
@@ -224,8 +253,12 @@ def extent(found: Quadrature) -> tuple[float, float]:
     return low - room, high + room
 
 
-def _bump(nodes: Tensor, at: float, width: float) -> Tensor:
-    return torch.exp(-0.5 * ((nodes - at) / width).square()) / (width * math.sqrt(2 * math.pi))
+def _density(found: Quadrature, grid: Tensor, width: float) -> tuple[Estimate, ...]:
+    rows = []
+    for nodes, weights in zip(found.nodes, found.weights, strict=True):
+        bumps = torch.exp(-0.5 * ((nodes[:, None] - grid) / width).square())  # (nodes, grid)
+        rows.append(weights @ bumps / (width * math.sqrt(2 * math.pi)))
+    return tuple(found.estimate(values) for values in torch.stack(rows, 1))
 
 
 def times(estimate: Estimate, factor: float) -> Estimate:

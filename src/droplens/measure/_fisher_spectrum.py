@@ -74,7 +74,8 @@ def fisher_spectrum(  # noqa: PLR0913  # all but three have defaults
         inputs: what `as_batches` takes; targets are needed only where they weigh terms.
         loss: a loss of exponential-family form, as for `penalty`.
         top: how many eigenvalues.
-        masks: as for `fisher`: `"expected"` averages the Fisher information over masks.
+        masks: as for `fisher`: `"expected"` averages the Fisher information over masks, and the
+            effective dimension is rid of its bias as in `spectral_density`.
         damping: τ. By default one over what the loss divides by (the number of terms; 1 for a
             sum): for a loss in nats the effective dimension is then the number of directions
             that the data determine better than a normal prior of variance 1 (MacKay 1992).

@@ -76,28 +76,28 @@ class WeightMatrix(ABC):
     def pairs(self) -> Iterator[Batch]:
         """The batches, checked for what `graph` needs."""
 
-    def products(self, V: Vector, block: int = 0) -> Vector:
+    def products(self, V: Vector, draws: range | None = None) -> Vector:
         """M V for the columns of V (d, k): one pass over the data for all of them.
 
-        Another `block` has other draws of masks, where these are averaged over.
+        Where masks are averaged over, `draws` may be others than the first ones.
         """
-        count = self.masks.count
-        first = block * count if count > 1 else 0
-        result = self._sum(V, range(first, first + count))
-        result /= count
+        if draws is None or self.masks.count == 1:
+            draws = range(self.masks.count)
+        result = self._sum(V, draws)
+        result /= len(draws)
         return result
 
     def products_of_draw(self, draw: int, V: Vector) -> Vector:
         """The same for the matrix of one draw of masks."""
         return self._sum(V, range(draw, draw + 1))
 
-    def product(self, vector: Vector, block: int = 0) -> Vector:
+    def product(self, vector: Vector, draws: range | None = None) -> Vector:
         """M v for one vector (d,).
 
         Raises:
             FlatError: if the first product is zero, and with it (the vector is random) M.
         """
-        found = self.products(np.reshape(vector, (-1, 1)), block)[:, 0]
+        found = self.products(np.reshape(vector, (-1, 1)), draws)[:, 0]
         self._curved = self._curved or bool(found.any())
         if not self._curved:
             raise FlatError
