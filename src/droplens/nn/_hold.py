@@ -1,6 +1,5 @@
 """Masks that stay: hold them over many calls, look at them, play them back."""
 
-import sys
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -144,9 +143,6 @@ def _taking(model: nn.Module, masks: Masks) -> Iterator[Masks]:
     # What torch.compile wraps keeps the names of the module inside.
     model = getattr(model, "_orig_mod", model)
     with ExitStack() as stack:
-        if "torch._dynamo" in sys.modules:
-            # A graph holds no masks from outside; compiled code runs eagerly meanwhile.
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
         for name, module in model.named_modules():
             if isinstance(module, DropConnect):
                 stack.enter_context(_held_weight(module, name, masks))
