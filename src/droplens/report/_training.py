@@ -45,7 +45,7 @@ _RATES_TEXT = (
 )
 _MODIFIED_TEXT = (
     "R_S is the loss without dropout, R_1 what dropout adds to it, and R_2 = (ε/4) E‖∇R(w, z)‖² "
-    "what steps of size ε add. R_S + R_1 + R_2 is what gradient descent with a mask *held fixed* "
+    "what steps of size ε add. R_S + R_1 + R_2 is what gradient descent with a mask held fixed "
     "descends. With fresh masks only the drift (ε/4)‖∇(R_S + R_1)‖² is descended; the rest of R_2 "
     "comes with the noise."
 )
