@@ -28,9 +28,7 @@ class Alignment:
 
     Args:
         value: the alignment, 1 where Σ ∝ H; standard error over masks and probes.
-        null: its mean were the eigenvectors of Σ random (Haar): tr H tr Σ/(d ‖H‖ ‖Σ‖). Where the
-            noise is held in blocks (d · draws/2 beyond 2²⁴), its error is too large, in blocks of 8
-            by half.
+        null: its mean were the eigenvectors of Σ random (Haar): tr H tr Σ/(d ‖H‖ ‖Σ‖).
         null_deviation: its standard deviation under that law,
             √(2/((d − 1)(d + 2))) ‖H₀‖ ‖Σ₀‖/(‖H‖ ‖Σ‖), H₀ and Σ₀ without their traces.
         trace_product: Tr(HΣ).
@@ -79,8 +77,10 @@ def noise_alignment(
     H is the Hessian of the loss without dropout, Σ = Cov_z ∇R(w, z) on the same batch. Neither is
     formed: with δ = (∇R(z′) − ∇R(z″))/√2, of mean 0 and covariance Σ, Tr(HΣ) = E δᵀHδ, tr Σ = E‖δ‖²
     and ‖Σ‖² = E(δ_aᵀδ_b)² for independent δ_a, δ_b; with random signs v, tr H = E vᵀHv and ‖H‖² =
-    E‖Hv‖². The ratio's bias and error come from the jackknife over both. Positive semi-definite
-    matrices align by chance, so a null stands beside it.
+    E‖Hv‖². The ratio's bias and error come from the jackknife over both; the draws are held in
+    blocks where d · draws/2 is beyond 2²⁴, and compared within these. Positive semi-definite
+    matrices align by chance, so a null stands beside it. Isotropic noise (Σ ∝ I) has intervals
+    that are too wide.
 
     Args:
         model: any torch module that can be differentiated twice; norm layers are in eval.
@@ -155,6 +155,19 @@ class _Noise:
         norms = (self.crosses.sum() - 2 * self.crosses.sum(1)) / counts
         return torch.stack([_left_out(self.products), _left_out(self.squares), norms])
 
+    def counted_twice(self) -> float:
+        """What the jackknife counts twice of ‖Σ‖²'s variance because few pairs are formed.
+
+        A pair is left out with either of its draws, so each (δ_aᵀδ_b)² counts with twice its own
+        variance, and once as it should with others of the same draw (Efron and Stein 1981, The
+        jackknife estimate of variance). As much as all pairs would add is left in: small, it makes
+        up for the skewness of few draws.
+        """
+        pairs, draws = self.formed.sum(), len(self.squares)
+        rest = (self.crosses - self.crosses.sum() / pairs) * self.formed
+        twice = 2 * rest.square().sum() / pairs**2
+        return float(twice * (1 - pairs / (draws * (draws - 1))))
+
 
 @dataclass(frozen=True)
 class _Curvature:
@@ -221,18 +234,17 @@ def _curvature(H: LossHessian, probes: int, source: torch.Generator) -> _Curvatu
 def _aligned(noise: _Noise, curvature: _Curvature, d: int, draws: int, seed: int) -> Alignment:
     sigma, h = noise.moments(), curvature.moments()
     whole = _ratios(sigma, h, d)
-    bias, variance = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
-    parts = [_ratios(noise.left_out(), h[:, None], d)]
-    if len(curvature.traces) > 1:
-        parts.append(_ratios(sigma[:, None], curvature.left_out(), d))
-    for others in parts:  # masks and probes are independent
-        n = others.shape[1]
-        bias += (n - 1) * (others.mean(1) - whole)
-        variance += (n - 1) / n * (others - others.mean(1, keepdim=True)).square().sum(1)
-    count = len(noise.squares)
+    bias, by_masks = _jackknifed(whole, _ratios(noise.left_out(), h[:, None], d))
+    slope = whole / (2 * sigma[2])  # of both ratios in ‖Σ‖², but for its sign
+    by_masks = torch.maximum(by_masks - slope.square() * noise.counted_twice(), by_masks / 2)
+    by_probes = torch.zeros_like(by_masks)
+    if len(curvature.traces) > 1:  # masks and probes are independent
+        more, by_probes = _jackknifed(whole, _ratios(sigma[:, None], curvature.left_out(), d))
+        bias = bias + more
+    counts = len(noise.squares), len(curvature.traces)
     value, null = (
-        Estimate(float(v), float(e), count, "masks and probes")
-        for v, e in zip(whole - bias, variance.sqrt(), strict=True)
+        _estimate(v, m, p, *counts)
+        for v, m, p in torch.stack([whole - bias, by_masks, by_probes], 1).tolist()
     )
     product, trace, square = sigma.tolist()
     trace_h, square_h = h.tolist()
@@ -250,6 +262,21 @@ def _aligned(noise: _Noise, curvature: _Curvature, d: int, draws: int, seed: int
         draws,
         seed,
     )
+
+
+def _estimate(value: float, by_masks: float, by_probes: float, draws: int, probes: int) -> Estimate:
+    """With the degrees of freedom of a sum of two variances (Satterthwaite)."""
+    variance = by_masks + by_probes
+    spread = by_masks**2 / (draws - 1) + by_probes**2 / max(1, probes - 1)
+    freedom = variance**2 / spread if spread else draws - 1
+    return Estimate(value, math.sqrt(variance), round(freedom) + 1, "masks and probes")
+
+
+def _jackknifed(whole: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+    """Bias and variance of numbers (k) from the same without each draw (k, n)."""
+    n, means = others.shape[1], others.mean(1)
+    spread = (others - means[:, None]).square().sum(1)
+    return (n - 1) * (means - whole), (n - 1) / n * spread
 
 
 def _ratios(sigma: Tensor, h: Tensor, d: int) -> Tensor:
