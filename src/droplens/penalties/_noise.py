@@ -54,6 +54,10 @@ class Network:
         """What to differentiate in."""
         return [tensor for source in self.sources for tensor in source.tensors]
 
+    def room(self, m: int) -> list[Tensor]:
+        """For what is kept of m passes."""
+        return [tensor for source in self.sources for tensor in source.room(m)]
+
     def scores(self, gradients: Sequence[Tensor], into: Sequence[Tensor] | None) -> list[Tensor]:
         """What the sources keep of one backward pass to `tensors`, tensor by tensor."""
         places = self.by_source(into or [None] * len(gradients))
@@ -259,16 +263,7 @@ def terms(network: Network, create_graph: bool) -> Iterator[Term]:
     f = network.f
     contrasts = network.family.contrasts(f)
     for term in range(f.shape[1] if network.sources else 0):
-        stacks = None if create_graph else _room(network, len(contrasts))
+        stacks = None if create_graph else network.room(len(contrasts))
         scores = term_jacobian(f, term, contrasts, network.tensors, network.scores, stacks)
         here = f[:, term] if create_graph else f[:, term].detach()
         yield Term(here, network.weights[:, term], scores)
-
-
-def _room(network: Network, m: int) -> list[Tensor]:
-    """For what is kept of m passes."""
-    return [
-        tensor.new_empty((m, *shape))
-        for source in network.sources
-        for tensor, shape in zip(source.tensors, source.shapes, strict=True)
-    ]

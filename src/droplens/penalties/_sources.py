@@ -5,6 +5,7 @@ and J_h C̄ J_hᵀ of every example. Activations have a gate for each example's 
 one for all examples, told apart where the weight is read.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -36,8 +37,8 @@ from droplens.reads import Convolution, Followed, Product, Read
 
 # Examples looked at to count how many units share a site's noise.
 _COUNTED_EXAMPLES = 32
-# Numbers (examples × m × entries of a weight) held at once.
-_CHUNK_NUMBERS = 1 << 19
+# Numbers (examples × m × entries of a weight) held at once, and made again for that count.
+_CHUNK_NUMBERS = _COUNTED_NUMBERS = 1 << 19
 # Numbers of a convolution's patches kept for all backward passes.
 _LAID_OUT_NUMBERS = 1 << 23
 
@@ -76,9 +77,18 @@ class Source(ABC):
     def shapes(self) -> list[tuple[int, ...]]:
         """Of what `scores` makes of a pass, tensor by tensor."""
 
+    def room(self, m: int) -> list[Tensor]:
+        """For the scores of m passes."""
+        pairs = zip(self.tensors, self.shapes, strict=True)
+        return [tensor.new_empty((m, *shape)) for tensor, shape in pairs]
+
     @abstractmethod
     def scales(self) -> bool:
         """Whether C̄ ∝ λ, so that one K serves every rate."""
+
+    def counted(self, m: int) -> int:
+        """How many examples to count the coins of, from m passes."""
+        return _COUNTED_EXAMPLES
 
     def participation(self, scores: Scores, n: int) -> float:
         """How many equal coins would make the site's output noise, averaged over examples.
@@ -86,7 +96,7 @@ class Source(ABC):
         (Σt)²/Σt² of t_a = Σ_c j_ca² over an example's coins, examples weighted by their noise.
         The Gaussian value leans on many small contributions, so a small number is a warning.
         """
-        picked = slice(0, n, max(1, n // _COUNTED_EXAMPLES))
+        picked = slice(0, n, max(1, n // self.counted(len(scores[0]))))
         with torch.no_grad():
             whole, squares = self.moments(scores, picked)
             counts = whole.square() / squares.clamp_min(torch.finfo(whole.dtype).tiny)
@@ -256,7 +266,7 @@ class Weights(Source):
         """Factorised where every example reads the weight once, else summed in chunks."""
         variance = _variance(self.name, law)
         deltas = [found.transpose(0, 1) for found in scores]  # (n, m, r, *tap)
-        if self._reads_once(deltas):
+        if self._read_once:
             delta = deltas[0].flatten(2, -2).squeeze(2)  # (n, m, o)
             return variance * ((delta * self._powers(2, slice(n)).unsqueeze(1)) @ delta.mT)
         parts = [
@@ -265,10 +275,15 @@ class Weights(Source):
         ]
         return variance * torch.cat(parts)
 
+    def counted(self, m: int) -> int:
+        """Fewer where every example's own j has to be made again for it."""
+        few = _COUNTED_EXAMPLES if self._read_once else _COUNTED_NUMBERS // (m * self.size)
+        return min(_COUNTED_EXAMPLES, max(1, few))
+
     def moments(self, scores: Scores, picked: slice) -> tuple[Tensor, Tensor]:
         """Of every entry of the weight; t_ab = W²_ab h_b² Σ_c δ_ca² where it is read once."""
         deltas = [found.transpose(0, 1) for found in scores]
-        if self._reads_once(deltas):
+        if self._read_once:
             moved = deltas[0][picked].flatten(2, -2).squeeze(2).square().sum(1)  # (e, o)
             whole, squares = ((moved**k * self._powers(2 * k, picked)).sum(1) for k in (1, 2))
             return whole, squares
@@ -289,10 +304,17 @@ class Weights(Source):
         """Independent coins."""
         return True
 
-    def _reads_once(self, deltas: Sequence[Tensor]) -> bool:
+    @cached_property
+    def _read_once(self) -> bool:
         """Whether a matrix meets one vector an example, so that no outer product is needed."""
+        shape = self.shapes[0]  # (n, r, *tap)
         one = len(self.reads) == 1 and isinstance(self.reads[0].read, Product)
-        return one and deltas[0][0, 0].numel() == deltas[0].shape[-1]
+        return one and math.prod(shape[1:]) == shape[-1]
+
+    def room(self, m: int) -> list[Tensor]:
+        """What is kept of an example lies together, where its products are looked for."""
+        pairs = zip(self.tensors, self.shapes, strict=True)
+        return [t.new_empty((n, m, *shape)).transpose(0, 1) for t, (n, *shape) in pairs]
 
     def _powers(self, power: int, rows: slice) -> Tensor:
         """(W^k)(h^k) of some examples for a weight that is read once, (e, o)."""
