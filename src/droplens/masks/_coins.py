@@ -12,6 +12,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from droplens._gram import gram
 from droplens.masks._draws import coins, eager, normals
 from droplens.masks._law import (
     Covariance,
@@ -67,7 +68,7 @@ class GroupCovariance(Covariance):
 
     def product(self, folded: Tensor) -> Tensor:
         """λ φ φᵀ: scaling the small product spares a copy of the scores."""
-        return self.variance * (folded @ folded.mT)
+        return self.variance * gram(folded)
 
 
 def _spread(drawn: Tensor, shape: tuple[int, ...], size: int) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from droplens._gram import gram
 from droplens.gates import Gate
 from droplens.masks import (
     Bernoulli,
@@ -337,13 +338,12 @@ class Weights(Source):
     def _remade(self, rows: slice, deltas: list[Tensor]) -> Tensor:
         """Σ_ab j_c j_c' of a chunk; where a graph is kept it is made again on the way back."""
 
-        def gram(*given: Tensor) -> Tensor:
-            j = self._scores(rows, given)
-            return j @ j.mT
+        def remade(*given: Tensor) -> Tensor:
+            return gram(self._scores(rows, given))
 
         if not any(t.requires_grad for t in (*deltas, *(r.factor for r in self.reads))):
-            return gram(*deltas)
-        made: Tensor = checkpoint(gram, *deltas, use_reentrant=False, preserve_rng_state=False)
+            return remade(*deltas)
+        made: Tensor = checkpoint(remade, *deltas, use_reentrant=False, preserve_rng_state=False)
         return made
 
     def _scores(self, rows: slice, deltas: Sequence[Tensor]) -> Tensor:
