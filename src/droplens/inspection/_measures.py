@@ -9,7 +9,7 @@ from torch import nn
 from droplens.inspection._attempt import Result, attempt
 from droplens.inspection._sizes import MOST_COVER, MOST_EXACT, MOST_WEIGHTS
 from droplens.inspection._subject import Subject
-from droplens.layers import parameter_of, weighted_layers
+from droplens.layers import owned
 from droplens.measure import (
     Condensation,
     Fisher,
@@ -163,9 +163,7 @@ def _condensations(model: nn.Module, not_measured: dict[str, str]) -> dict[str, 
 def _other_weights(model: nn.Module) -> dict[str, str]:
     """Weight matrices that belong to no layer of a known kind."""
     # A tensor of two names (tied embeddings) is listed where a layer owns it.
-    known = {id(parameter_of(layer, "weight")) for layer in weighted_layers(model).values()}
-    own = {layer.module for layer in neurons(model)}
-    known |= {id(p) for module in own for p in module.parameters(recurse=False)}
+    known = {id(p) for layer in neurons(model) for p in owned(layer.module)}
     names, kinds = [], set()
     for path, module in model.named_modules():
         for local, parameter in module.named_parameters(recurse=False):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from droplens.batches import as_batches
-from droplens.layers import is_convolution, is_linear, weight_matrix
+from droplens.layers import effective_weight, is_convolution, is_linear, weight_matrix
 from droplens.measure._checks import finite_matrix
 from droplens.measure._condensation import Condensation, condensation
 from droplens.measure._readers import readers
@@ -321,14 +321,12 @@ def _per_neuron(outgoing: Tensor, m: int) -> Tensor | None:
 
 
 def _own(module: nn.Module, name: str) -> Tensor | None:
-    # Also parametrised ones, which are no parameters.
-    found = getattr(module, name, None)
-    return found.detach() if isinstance(found, Tensor) else None
+    return effective_weight(module, name) if getattr(module, name, None) is not None else None
 
 
 def _transposed(module: Any) -> Tensor:
     """(in, out/groups, *kernel) as rows by output channel."""
-    weight = module.weight.detach()
+    weight = effective_weight(module, "weight")
     grouped = weight.unflatten(0, (module.groups, -1)).movedim(2, 1)
     rows: Tensor = grouped.flatten(0, 1).flatten(1)
     return rows
@@ -343,19 +341,17 @@ def _of_attention(prefix: str, module: nn.MultiheadAttention) -> Iterator[Neuron
         names = [f"in_proj_weight[{part}]" for part in "qkv"]
     else:
         names = [f"{part}_proj_weight" for part in "qkv"]
-        parts = tuple(module.get_parameter(name).detach() for name in names)
+        parts = tuple(effective_weight(module, name) for name in names)
     for name, rows, own in zip(names, parts, biases, strict=True):
         yield Neurons(f"{prefix}{name}", module, rows, own)
 
 
 def _of_recurrent(prefix: str, module: nn.RNNBase) -> Iterator[Neurons]:
-    for name, weight in module.named_parameters(recurse=False):
-        if not name.startswith("weight_ih"):
-            continue
+    for name in (own for own in module._flat_weights_names if own.startswith("weight_ih")):
         suffix = name.removeprefix("weight_ih")
-        rows = torch.cat([weight.detach(), module.get_parameter(f"weight_hh{suffix}").detach()], 1)
+        rows = torch.cat([effective_weight(module, f"weight_{k}h{suffix}") for k in "ih"], 1)
         bias = None
         if module.bias:
-            parts = [module.get_parameter(f"bias_{k}h{suffix}").detach() for k in "ih"]
+            parts = [effective_weight(module, f"bias_{k}h{suffix}") for k in "ih"]
             bias = parts[0] + parts[1]
         yield Neurons(f"{prefix}{name}", module, rows, bias)

@@ -18,6 +18,7 @@ from droplens.batches import Batches
 from droplens.calling import call as call_model
 from droplens.discovery import RECURRENT, Call
 from droplens.gates import masks_replaced
+from droplens.layers import is_derived
 from droplens.measure._reading import NAMES, Reading, kept, reading_of
 
 
@@ -120,6 +121,9 @@ class _Trail:
         self._paths = {
             id(p): name.rpartition(".")[0] or name for name, p in model.named_parameters()
         }
+        # Weights that are computed for a layer are no parameters: the layer tells its path.
+        self._computing = {m: path for path, m in model.named_modules() if is_derived(m)}
+        self._running: list[str] = []
         self._held: dict[int, tuple[Tensor, tuple[_Units, ...]]] = {}
         self._first: dict[str, int] = {}
         self.sites: dict[str, None] = {}
@@ -140,9 +144,18 @@ class _Trail:
             self.sites[name] = None
             self.hold(out, (*self.units(out), _Units(name, None)))
 
+        def enter(layer: nn.Module, _: Any) -> None:
+            self._running.append(self._computing[layer])
+
+        def leave(layer: nn.Module, _: Any, out: Any) -> None:
+            self._running.pop()
+
         with ExitStack() as stack:
             for layer in layers:
                 stack.callback(layer.register_forward_hook(note).remove)
+            for layer in self._computing:
+                stack.callback(layer.register_forward_pre_hook(enter).remove)
+                stack.callback(layer.register_forward_hook(leave, always_call=True).remove)
             yield
 
     def visit(self, call: Call, x: Tensor) -> Tensor:
@@ -184,7 +197,8 @@ class _Trail:
             self.lose([units], "its units share their place with others in what the layer reads")
             return
         read = self.found.setdefault(units.site, _Read())
-        layer = self._paths.get(id(reading.weight), reading.name)
+        unnamed = self._running[-1] if self._running else reading.name
+        layer = self._paths.get(id(reading.weight), unnamed or "weight")
         if not read.layers or layer not in read.layers:
             if read.rows and not read.layers:
                 return
