@@ -204,3 +204,17 @@ def test_intervals_cover_the_exact_value_at_their_level():
         low, high = Estimate(float(found), found.standard_error, 20).interval()
         held += low <= exact <= high
     assert 930 <= held <= 970, held
+
+
+@pytest.mark.slow
+def test_one_probes_error_is_an_upper_bound():
+    """1,000 repeats of a single probe: the 95% interval holds the value in 93% at least."""
+    net = deep_network(0.3)
+    with torch.no_grad():
+        exact = float(dl.penalty(net, x, cross_entropy, "second_order"))
+    held = 0
+    for seed in range(1000):
+        found = sampled(net, seed=seed)
+        low, high = Estimate(float(found), found.standard_error).interval()
+        held += low <= exact <= high
+    assert held >= 930, held

@@ -1,7 +1,8 @@
 """Does the noise of dropout lie along the curvature of the loss? (theory §3.3; P2's sequel)."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -83,7 +84,8 @@ def noise_alignment(
     that are too wide.
 
     Args:
-        model: any torch module that can be differentiated twice; norm layers are in eval.
+        model: any torch module that can be differentiated twice; norm layers are in eval. Calls of
+            F.batch_norm in train mode stay, and make the loss one of the batch as a whole.
         inputs: a tensor, a tuple of positional or a mapping of keyword arguments: the batch.
         targets: what the loss compares with.
         loss: a loss object.
@@ -123,16 +125,21 @@ def alignment_on(
         raise ValueError("no site of the model drops anything, so there is no noise to align")
     source, used_seed = private_generator(generator, seed, masked.device)
     with torch.enable_grad():
-        with masks_off(model):
-            only = batches[0] if len(batches) == 1 else None
-            held = list(batches) if only is None else (only.inputs, only.targets)
-            H = LossHessian(model, checked_passes(held, model), Loss(loss), Applied(1, None))
-        noise = _noise(masked, H, draws // 2, source)
-        with masks_off(model):
-            curvature = _curvature(H, probes, source)
+        only = batches[0] if len(batches) == 1 else None
+        held = list(batches) if only is None else (only.inputs, only.targets)
+        checked = checked_passes(held, model)
+
+        @contextmanager
+        def hessian() -> Iterator[LossHessian]:
+            with masks_off(model):
+                yield LossHessian(model, checked, Loss(loss), Applied(1, None))
+
+        noise = _noise(masked, hessian, draws // 2, source)
+        with hessian() as H:
+            curvature, d = _curvature(H, probes, source), H.size
     if not float(noise.squares.max()) > 0:
         raise ValueError("dropout puts no noise on the gradient, so there is nothing to align")
-    return replace(_aligned(noise, curvature, H.size, draws, used_seed), examples=masked.examples)
+    return replace(_aligned(noise, curvature, d, draws, used_seed), examples=masked.examples)
 
 
 @dataclass(frozen=True)
@@ -190,15 +197,22 @@ def _left_out(values: Tensor) -> Tensor:
     return (values.sum() - values) / (len(values) - 1)
 
 
-def _noise(masked: MaskedLoss, H: LossHessian, count: int, source: torch.Generator) -> _Noise:
+def _noise(
+    masked: MaskedLoss,
+    hessian: Callable[[], AbstractContextManager[LossHessian]],
+    count: int,
+    source: torch.Generator,
+) -> _Noise:
+    d = sum(p.numel() for p in masked.parameters)
     # At least four at once: with pairs alone, leaving a draw out leaves its partner alone.
-    held = max(4, min(count, _HELD // H.size))
+    held = max(4, min(count, _HELD // d))
     crosses, formed = torch.zeros(2, count, count, dtype=torch.float64)
     products, squares = torch.zeros(2, count, dtype=torch.float64)
     for start in range(0, count, held):
         stop = min(count, start + held)
         D = torch.stack([_draw(masked, source) for _ in range(start, stop)], 1)  # (d, held)
-        with masks_off(masked.model):
+        # Anew: passes under masks write into buffers (F.batch_norm in train mode) of a kept graph.
+        with hessian() as H:
             curved = torch.from_numpy(H.products(D.numpy()))
         products[start:stop] = (D * curved).sum(0)
         gram = D.mT @ D

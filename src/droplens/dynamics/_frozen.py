@@ -17,7 +17,7 @@ from droplens.products import hessian_product
 from droplens.randomness import private_generator
 
 # Runge–Kutta steps in the time of one step of gradient descent: their error is far below its own.
-_SUBSTEPS = 4
+_SUBSTEPS = 2
 
 Field = Callable[[], Gradient]
 
@@ -109,8 +109,13 @@ def frozen_mask_order(
 
     with torch.enable_grad(), masked.under(visit):
         trainer = _Descent(masked)
-        found = [trainer.distances(size, round(time / size)) for size in sizes]
-    modified, plain = zip(*found, strict=True)
+        steps = {size: round(time / size) for size in sizes}
+        flow = trainer.plain_flow(sizes[-1], steps[sizes[-1]])
+        modified, plain = [], []
+        for size in sizes:
+            end = trainer.descent(size, steps[size])
+            modified.append(_distance(end, trainer.modified_flow(size, steps[size])))
+            plain.append(_distance(end, flow))
     return FrozenMaskOrder(tuple(sizes), tuple(modified), tuple(plain), time, used_seed)
 
 
@@ -121,12 +126,21 @@ class _Descent:
         self.masked = masked
         self.start = [p.detach().clone() for p in masked.parameters]
 
-    def distances(self, size: float, steps: int) -> tuple[float, float]:
-        end = self._run(self._plain, size, steps, _euler)
-        substep = size / _SUBSTEPS
-        modified = self._run(lambda: self._modified(size), substep, steps * _SUBSTEPS, _runge_kutta)
-        plain = self._run(self._plain, substep, steps * _SUBSTEPS, _runge_kutta)
-        return _distance(end, modified), _distance(end, plain)
+    def descent(self, size: float, steps: int) -> list[Tensor]:
+        """Where gradient descent ends."""
+        return self._run(self._plain, size, steps, _euler)
+
+    def plain_flow(self, size: float, steps: int) -> list[Tensor]:
+        """Where the flow of R ends."""
+        return self._run(self._plain, size / _SUBSTEPS, steps * _SUBSTEPS, _runge_kutta)
+
+    def modified_flow(self, size: float, steps: int) -> list[Tensor]:
+        """Where the flow of R + (ε/4)‖∇R‖² ends, ε = `size`."""
+
+        def field() -> Gradient:
+            return self._modified(size)
+
+        return self._run(field, size / _SUBSTEPS, steps * _SUBSTEPS, _runge_kutta)
 
     def _run(self, field: Field, size: float, steps: int, step: "_Step") -> list[Tensor]:
         self._move(self.start)

@@ -23,10 +23,11 @@ from droplens.penalties._penalty import penalty
 from droplens.penalties._pooling import shares, streamed
 from droplens.penalties._sources import Source, Units
 
-# Rates looked at first; between two of them the cost is followed on ever finer grids.
-_GRID: Final = (0.01, 0.03, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.97, 0.99)
-_INSIDE: Final = 8
-_ROUNDS: Final = 3
+# Rates looked at first; between two of them the cost is interpolated.
+_GRID: Final = (0.01, 0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.9, 0.99)
+# Between rates whose log odds are as near as this, interpolation is exact to rounding.
+_NEAR: Final = 0.005
+_ROUNDS: Final = 8
 # Transposed convolutions are among them.
 _CONNECTED: Final = (nn.Linear, _ConvNd)
 # Sites of DropConnect: with a mask a batch, and with one for each example.
@@ -219,19 +220,41 @@ class _WithLaw:
 
 
 def _root(cost_at: CostAt, cost: float) -> float:
-    """The rate at which a growing cost is `cost`; NaN if it is above the grid."""
+    """The rate at which a growing cost is `cost`; NaN if it is above the grid.
+
+    Each look takes the passes of the network once, for however many rates.
+    """
     if cost <= 0:
         return 0.0
-    rates = [0.0, *_GRID]
-    costs = [0.0, *cost_at(_GRID)]
-    if costs[-1] < cost:
+    known = {0.0: 0.0, **dict(zip(_GRID, cost_at(_GRID), strict=True))}
+    if known[_GRID[-1]] < cost:
         return math.nan
     for _ in range(_ROUNDS):
-        k = next(i for i, value in enumerate(costs) if value >= cost)
-        low, high = rates[k - 1], rates[k]
-        inside = [low + (high - low) * j / (_INSIDE + 1) for j in range(1, _INSIDE + 1)]
-        rates = [low, *inside, high]
-        costs = [costs[k - 1], *cost_at(inside), costs[k]]
-    k = next(i for i, value in enumerate(costs) if value >= cost)
-    share = (cost - costs[k - 1]) / (costs[k] - costs[k - 1])
-    return rates[k - 1] + share * (rates[k] - rates[k - 1])
+        low, high, guess = _interpolated(known, cost)
+        if high - low <= _NEAR:
+            break
+        step = min(1.0, high - low) / 20
+        looked = [_rate(at) for at in (guess - step, guess, guess + step) if low < at < high]
+        known |= dict(zip(looked, cost_at(looked), strict=True))
+    return _rate(_interpolated(known, cost)[2])
+
+
+def _interpolated(known: Mapping[float, float], cost: float) -> tuple[float, float, float]:
+    """The log odds between which `cost` lies, and where: its log is near linear in them."""
+    rates = sorted(known)
+    k = next(i for i, rate in enumerate(rates) if known[rate] >= cost)
+    high, log_cost = _log_odds(rates[k]), math.log(known[rates[k]] / cost)
+    below = known[rates[k - 1]]
+    if below <= 0:  # to first order a cost is proportional to the odds
+        return -math.inf, high, high - log_cost
+    low = _log_odds(rates[k - 1])
+    share = math.log(cost / below) / math.log(known[rates[k]] / below)
+    return low, high, low + share * (high - low)
+
+
+def _log_odds(p: float) -> float:
+    return math.log(p / (1 - p))
+
+
+def _rate(log_odds: float) -> float:
+    return 1 / (1 + math.exp(-log_odds))
