@@ -142,7 +142,7 @@ def test_few_masks_may_not_see_the_spread():
     from dataclasses import replace
 
     from droplens.estimates import Estimate
-    from droplens.inspection._verdicts import approximation_verdict
+    from droplens.inspection._cost_verdicts import approximation_verdict
 
     cost = dl.inspect(network(), (x, y), loss, draws=3, directions=1, seed=0).cost
     unseen = replace(cost, spread=Estimate(-1e-4, 2e-4, 3))

@@ -11,14 +11,12 @@ from droplens.batches import as_batches
 from droplens.estimates import Estimate
 from droplens.inspection import Cost, SiteCost
 from droplens.inspection._cost import pooled_cost
+from droplens.inspection._cost_verdicts import approximation_verdict, cost_verdict, split_verdict
 from droplens.inspection._flatness import Scaled, outputs_of, scale_to_loss, scaled_loss
 from droplens.inspection._verdicts import (
     Sets,
-    approximation_verdict,
-    cost_verdict,
     equalisation_verdict,
     sets_verdict,
-    split_verdict,
 )
 from tests.inspection.test_inspect import data, network
 

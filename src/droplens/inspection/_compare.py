@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from droplens.batches import Batches, as_batches, checked_passes
 from droplens.inspection._between import Member
 from droplens.inspection._cost import Cost, pooled_cost
+from droplens.inspection._cost_verdicts import cost_verdicts, lawless_verdict
 from droplens.inspection._extras import alone, checked_names, measured_together, offers
 from droplens.inspection._flatness import Scaled, outputs_of, scale_to_loss, scaled_loss
 from droplens.inspection._inspect import Inspection, Progress, accuracy_of, inspect
 from droplens.inspection._measures import RADII
 from droplens.inspection._rendered import Rendered
-from droplens.inspection._verdicts import Sets, cost_verdicts, sets_verdict
+from droplens.inspection._verdicts import Sets, sets_verdict
 from droplens.measure import Flatness, Sharpness
 from droplens.measure import flatness as measure_flatness
 from droplens.measure import sharpness as measure_sharpness
@@ -164,7 +165,9 @@ def compare(  # noqa: PLR0913  # the last seven are keywords with defaults
     tell(0.95, "Looking at held-out data")
     apart = _held_out(sets, held_out, loss) if held_out is not None else None
     costs = _costs(inspected)
-    verdicts = _on_costs(costs, first.unit) + _between(inspected, equal_loss, apart, first.unit)
+    verdicts = _on_costs(inspected, costs, first.unit) + _between(
+        inspected, equal_loss, apart, first.unit
+    )
     tell(1.0, "Done")
     return Comparison(
         sets=inspected,
@@ -291,13 +294,18 @@ def _costs(inspected: Mapping[str, Sequence[Inspection]]) -> dict[str, Cost]:
     }
 
 
-def _on_costs(costs: Mapping[str, Cost], unit: str) -> list[Verdict]:
-    return [
-        verdict
-        for name, cost in costs.items()
-        if cost.gap.value != 0
-        for verdict in _named(cost_verdicts(cost, unit, f"the networks {name!r} "), name)
-    ]
+def _on_costs(
+    inspected: Mapping[str, Sequence[Inspection]], costs: Mapping[str, Cost], unit: str
+) -> list[Verdict]:
+    """Of every set that drops units, or may do so by a law that is not known."""
+    verdicts: list[Verdict] = []
+    for name, found in inspected.items():
+        who = f"the networks {name!r} "
+        if name not in costs:
+            verdicts += _named(lawless_verdict(found[0].sites, who), name)
+        elif costs[name].gap.value != 0:
+            verdicts += _named(cost_verdicts(costs[name], unit, who), name)
+    return verdicts
 
 
 def _named(verdicts: Sequence[Verdict], name: str) -> list[Verdict]:

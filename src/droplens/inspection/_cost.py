@@ -67,6 +67,11 @@ class Cost:
         """The mean loss under dropout: base + gap."""
         return self.base.value + self.gap.value
 
+    @property
+    def lawless(self) -> tuple[str, ...]:
+        """The sites that were off, because their law is not known; those with one are priced."""
+        return tuple(name for name in self.unmeasured if name not in self.by_site)
+
 
 @dataclass(frozen=True)
 class _Batch:

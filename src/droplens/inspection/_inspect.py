@@ -11,6 +11,7 @@ from droplens.batches import as_batches, checked_passes, predicts_next_token
 from droplens.discovery import KEPT_IN_EVAL, Site
 from droplens.discovery import sites as find_sites
 from droplens.inspection._cost import Cost, cost_of
+from droplens.inspection._cost_verdicts import cost_verdicts, lawless_verdict
 from droplens.inspection._extras import checked_names, measured_on_request, offers
 from droplens.inspection._flatness import outputs_of, scaled_loss
 from droplens.inspection._measures import measures_of
@@ -18,7 +19,7 @@ from droplens.inspection._rendered import Rendered
 from droplens.inspection._sizes import Sizes, sizes_of, targets_of
 from droplens.inspection._subject import Subject
 from droplens.inspection._training import gap_verdicts
-from droplens.inspection._verdicts import MOST_SITES, cost_verdicts, equalisation_verdicts
+from droplens.inspection._verdicts import MOST_SITES, equalisation_verdicts
 from droplens.losses import HessianOnlyError, Squared
 from droplens.losses import family as family_of
 from droplens.measure import (
@@ -172,7 +173,7 @@ def inspect(  # noqa: PLR0913  # the last seven are keywords with defaults
     extras = measured_on_request(asked, subject, not_measured)
     unit = "units of the loss" if isinstance(family, Squared) else "nats"
     outputs = outputs_of(model, batches)
-    verdicts = cost_verdicts(cost, unit) if cost is not None else []
+    verdicts = lawless_verdict(found) if cost is None else cost_verdicts(cost, unit)
     verdicts += equalisation_verdicts(equal, layers)
     if "gap" in extras:
         verdicts += gap_verdicts(extras["gap"], unit)

@@ -288,7 +288,9 @@ def _gaussian(
         for source, scores in network.by_source(term.scores):
             noises.append(source.noise(scores, n, source.law))
             if source.name not in counts:
-                counts[source.name] = source.participation(scores, n)
+                # Where nothing is dropped (p = 0) no coin takes part, however large the scores.
+                alive = bool(noises[-1].detach().any())
+                counts[source.name] = source.participation(scores, n) if alive else 0.0
         kept = replace(term, scores=())  # the Jacobians are spent
         for source, noise in zip(network.sources, noises, strict=True):
             found[source.name].append((kept, noise))
@@ -310,4 +312,7 @@ def gaussian_spread(family: Family, f: Tensor, covariance: Tensor) -> Tensor:
     """Spread of one term under output noise of `covariance` (n, m, m) at f (n, C): (n)."""
     rows = max(1, _CACHED_NUMBERS // (POINTS * f.shape[-1]))
     parts = zip(f.split(rows), covariance.split(rows), strict=True)
-    return torch.cat([family.noise_spread(here, noise) for here, noise in parts])
+    spread = torch.cat([family.noise_spread(here, noise) for here, noise in parts])
+    # Without noise the rules leave their rounding behind.
+    noisy = covariance.detach().diagonal(dim1=-2, dim2=-1).any(-1)
+    return torch.where(noisy, spread, 0.0)
