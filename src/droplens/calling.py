@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_HALF = (torch.float16, torch.bfloat16)
+HALF = (torch.float16, torch.bfloat16)
 
 
 class ForwardError(RuntimeError):
@@ -58,7 +58,7 @@ def predictions(model: nn.Module, inputs: Any) -> Tensor:
         raise ValueError(f"the model's predictions have dtype {outputs.dtype}; floats are needed")
     weight = next(model.parameters(), outputs)
     for what, tensor in (("weights", weight), ("predictions", outputs)):
-        if tensor.dtype in _HALF:
+        if tensor.dtype in HALF:
             raise ValueError(_too_coarse(what, tensor.dtype))
     return outputs
 
@@ -106,7 +106,7 @@ def _misfit(model: nn.Module, inputs: Any, error: Exception) -> str | None:
                 f"{str(weight.device)!r}; move one of them with .to(device)"
             )
         if tensor.is_floating_point() and tensor.dtype != weight.dtype:
-            if weight.dtype in _HALF:
+            if weight.dtype in HALF:
                 return _too_coarse("weights", weight.dtype)
             return (
                 f"inputs are {tensor.dtype} but the model's weights {weight.dtype}; convert the "

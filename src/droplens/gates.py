@@ -13,14 +13,18 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from droplens.calling import predictions
-from droplens.discovery import Call, guarded, intercept, site_of, switch_on
+from droplens.calling import HALF, predictions
+from droplens.discovery import Call, site_of, switched
 from droplens.masks import Law
 from droplens.products import OVERWRITTEN
 from droplens.reads import Followed, Reads
 
 _OUT_OF_REACH = (
     "the forward runs it where no derivative is recorded (torch.no_grad); "
+    "droplens.decompose draws its masks all the same"
+)
+_TOO_COARSE = (
+    "its units are in half precision (autocast?), too coarse for small differences; "
     "droplens.decompose draws its masks all the same"
 )
 
@@ -66,17 +70,21 @@ def masks_off(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def masks_replaced(model: nn.Module, visit: Callable[[Call, Tensor], Tensor]) -> Iterator[None]:
+def masks_replaced(
+    model: nn.Module,
+    visit: Callable[[Call, Tensor], Tensor],
+    restart: Callable[[], None] | None = None,
+) -> Iterator[None]:
     """While open, all sites are on, norm layers in eval, and `visit(call, x)` drops the units.
 
-    Sites without a law, or off in train mode too, are the identity and not visited.
+    Sites without a law, or off in train mode too, are the identity and not visited. Where a
+    module's own noise had to be switched off first, `restart` is called and the pass run again.
     """
 
     def visit_lawful(call: Call, x: Tensor) -> Tensor:
         return visit(call, x) if call.on and call.law is not None else x
 
-    with guarded(model), intercept(model, visit_lawful):
-        switch_on(model)
+    with switched(model, visit_lawful, restart):
         yield
 
 
@@ -118,6 +126,10 @@ def open_gates(model: nn.Module, inputs: Any, names: Collection[str] | None = No
     unmeasured: dict[str, str] = {}
     reads = Reads()
 
+    def restart() -> None:
+        for met in (gates, versions, unmeasured):
+            met.clear()
+
     def visit(call: Call, x: Tensor) -> Tensor:
         site = site_of(call, active=call.on)
         if site.law is None:
@@ -125,8 +137,10 @@ def open_gates(model: nn.Module, inputs: Any, names: Collection[str] | None = No
             return x
         if names is not None and call.name not in names:
             return x
-        if not torch.is_grad_enabled():
-            unmeasured[site.name] = _OUT_OF_REACH
+        reason = _TOO_COARSE if x.dtype in HALF else None
+        reason = reason if torch.is_grad_enabled() else _OUT_OF_REACH
+        if reason is not None:
+            unmeasured[site.name] = reason
             return x
         # A mask for each example, of a weight that they share: one gate will do.
         copies = x.shape if call.of_weights else None
@@ -139,8 +153,7 @@ def open_gates(model: nn.Module, inputs: Any, names: Collection[str] | None = No
         return gated
 
     # Weights are followed below the interception, which spells out composites for it.
-    with torch.enable_grad(), guarded(model), reads, intercept(model, visit):
-        switch_on(model)
+    with torch.enable_grad(), reads, switched(model, visit, restart):
         outputs = predictions(model, inputs)
     if [gate.units._version for gate in gates] != versions:
         raise ValueError(OVERWRITTEN)
@@ -180,6 +193,10 @@ class HeldMasks:
         digest = hashlib.blake2b(key, digest_size=8).digest()
         self._generator.manual_seed(int.from_bytes(digest) >> 1)
 
+    def again(self) -> None:
+        """Take up the same masks from the first on."""
+        self._generator.manual_seed(self._generator.initial_seed())
+
     def visit(self, call: Call, x: Tensor) -> Tensor:
         """Multiply by the mask; for `intercept`.
 
@@ -205,7 +222,6 @@ def masks_held(model: nn.Module, seed: int) -> Iterator[HeldMasks]:
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     held = HeldMasks(seed, device)
-    with guarded(model), intercept(model, held.visit):
-        switch_on(model)
+    with switched(model, held.visit, held.again):
         held.hold(0, 0)
         yield held

@@ -3,7 +3,7 @@
 from droplens.discovery._calls import Call
 from droplens.discovery._composites import RECURRENT
 from droplens.discovery._guard import KEPT_IN_EVAL, guarded, switch_on
-from droplens.discovery._intercept import intercept
+from droplens.discovery._intercept import intercept, switched
 from droplens.discovery._order import check_apart, picks_rows
 from droplens.discovery._registry import register_site
 from droplens.discovery._sites import Site, site_of, sites
@@ -23,5 +23,6 @@ __all__ = [
     "site_of",
     "sites",
     "switch_on",
+    "switched",
     "unrolled",
 ]

@@ -33,13 +33,25 @@ def guarded(model: nn.Module) -> Iterator[None]:
 # Layers whose train mode does something else than drop units: norm layers take their statistics
 # from the batch, and a randomized leaky ReLU draws slopes.
 KEPT_IN_EVAL = (_NormBase, nn.RReLU)
+# torch's own that drop units by a flag of theirs, or pass over their dropouts in eval.
+_DROPPING = (
+    nn.modules.dropout._DropoutNd,
+    nn.RNNBase,
+    nn.MultiheadAttention,
+    nn.TransformerEncoderLayer,
+    nn.TransformerEncoder,
+)
 
 
 def switch_on(model: nn.Module) -> None:
-    """Put every module in train mode except norm layers, whose statistics are the data's.
+    """Put in train mode what may drop units, and the rest in eval.
 
-    The flag is set directly: a model may override `train()` to keep parts of itself frozen, and
-    what is asked for here is what its dropout does when it is on.
+    Norm layers keep the data's statistics, and torch's other layers, of which train mode is no
+    matter of dropout (a spectral norm iterates in it), do as at test time. The flag is set
+    directly: a model may override `train()` to keep parts of itself frozen, and what is asked for
+    here is what its dropout does when it is on.
     """
     for module in model.modules():
-        module.training = not isinstance(module, KEPT_IN_EVAL)
+        of_torch = type(module).__module__.startswith("torch.nn.")
+        idle = of_torch and not isinstance(module, _DROPPING)
+        module.training = not (idle or isinstance(module, KEPT_IN_EVAL))

@@ -25,6 +25,7 @@ from droplens.discovery._composites import (
     rate,
     recur,
 )
+from droplens.discovery._guard import guarded, switch_on
 from droplens.discovery._registry import Masking, masking_of
 from droplens.masks import Bernoulli, Law, Weight
 
@@ -38,6 +39,9 @@ class Tracker:
         self.paths = {module: path for path, module in model.named_modules()}
         self.running: list[nn.Module] = []
         self.met: dict[str, int] = {}
+        # What calls dropout functions, and what draws random numbers by itself.
+        self.dropping: set[nn.Module] = set()
+        self.drawing: set[nn.Module] = set()
 
     @contextmanager
     def following(self) -> Iterator[None]:
@@ -66,6 +70,8 @@ class Tracker:
     def name_call(self, function: str) -> tuple[str, str | None]:
         """A name for the call that is being made, and the dropout module that makes it."""
         owner, path = (self.running[-1] if self.running else None), self.path()
+        if owner is not None:
+            self.dropping.add(owner)
         if isinstance(owner, nn.modules.dropout._DropoutNd):
             kind = type(owner).__name__
             return self.number(path or kind), kind
@@ -96,6 +102,8 @@ class _Interceptor(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in FUNCTIONS:
             return self._dropout(func, args, kwargs)
+        if func in _DRAWS and self.tracker.running:
+            self.tracker.drawing.add(self.tracker.running[-1])
         if func is F.multi_head_attention_forward:
             # A composite: re-enter the mode so that the dropout inside is seen, and let the
             # composite pass its own override check once, or it would call us for ever.
@@ -152,6 +160,16 @@ class _Interceptor(TorchFunctionMode):
         return self.visit(call, reading.x)
 
 
+_T = torch.Tensor
+# What a forward writes its own noise with.
+_DRAWS: set[Callable[..., Any]] = {
+    *(torch.rand, torch.rand_like, torch.randn, torch.randn_like, torch.randint, torch.randperm),
+    *(torch.bernoulli, torch.normal, torch.multinomial, torch.poisson, F.gumbel_softmax, F.rrelu),
+    *(_T.bernoulli, _T.bernoulli_, _T.uniform_, _T.normal_, _T.exponential_, _T.geometric_),
+    *(_T.random_, _T.log_normal_, _T.cauchy_, _T.multinomial),
+}
+
+
 def _our_product() -> Any:
     """The function that every layer of droplens.nn multiplies by its mask in, once imported."""
     return getattr(sys.modules.get("droplens.nn._apply"), "masked", None)
@@ -197,6 +215,7 @@ def _visited(
 
     def forward(x: Tensor) -> Tensor:
         name = tracker.number(path or kind)
+        tracker.dropping.add(module)
         law, shape = masking.law, tuple(x.shape)
         return visit(Call(name, kind, law, masking.reason, shape, module.training), x)
 
@@ -265,6 +284,43 @@ def intercept(model: nn.Module, visit: Visit, *, repeatable: bool = False) -> It
         _Interceptor(tracker, named),
     ):
         yield tracker
+
+
+@contextmanager
+def switched(
+    model: nn.Module, visit: Visit, restart: Callable[[], None] | None = None
+) -> Iterator[None]:
+    """While open, sites are on and handed to `visit`, and all else does as at test time.
+
+    What draws noise of its own in train mode, and calls no dropout function, is put in eval once
+    it has been seen to: the pass is then run again. Modes, buffers, RNG state and hooks are as
+    before on the way out, also after an error.
+
+    Args:
+        model: any torch model.
+        visit: as for `intercept`.
+        restart: called before a pass is run again.
+    """
+    with guarded(model), intercept(model, visit) as tracker:
+        switch_on(model)
+
+        def again(module: nn.Module, args: Any, kwargs: Any, _: Any) -> Any:
+            own = [m for m in tracker.drawing - tracker.dropping if m.training]
+            tracker.drawing.clear()
+            if not own:
+                return None
+            for drawing in own:
+                drawing.training = False
+            if restart is not None:
+                restart()
+            return module(*args, **kwargs)
+
+        # After the tracker's own hooks, so that what runs again is a new pass to it.
+        handle = model.register_forward_hook(again, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from droplens.batches import Batch, as_batches, rows_of
 from droplens.calling import check_outputs, predictions
-from droplens.discovery import Call, guarded, intercept, switch_on
+from droplens.discovery import Call, guarded, switched
 from droplens.discovery import sites as find_sites
 from droplens.dynamics._ensembles import Ensembles, EnsembleSums, InDouble, leave_one_out_means
 from droplens.estimates import Estimate, exact, jackknife, mean_estimate
@@ -173,8 +173,7 @@ def _masks_and_norms(
     def visit(call: Call, x: Tensor) -> Tensor:
         return draw(call, x) if call.on and call.law is not None else x
 
-    with guarded(model), intercept(model, visit):
-        switch_on(model)
+    with switched(model, visit):
         for module in live:
             module.training = True
         yield

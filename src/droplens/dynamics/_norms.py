@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 from droplens.discovery import KEPT_IN_EVAL
 
@@ -29,6 +31,10 @@ def _live(model: nn.Module) -> list[nn.Module]:
     """Layers in train mode that do something else there than drop units."""
 
     def changes(module: nn.Module) -> bool:
+        if isinstance(module, _SpectralNorm) or any(
+            isinstance(hook, SpectralNorm) for hook in module._forward_pre_hooks.values()
+        ):
+            return module.training
         # Without running statistics InstanceNorm does the same in both modes.
         plain = isinstance(module, _InstanceNorm) and module.running_mean is None
         return isinstance(module, KEPT_IN_EVAL) and module.training and not plain

@@ -84,7 +84,11 @@ class Predictor:
             return
         masks = torch.Generator(device=next(self.model.parameters()).device)
         shared = self._shares_masks()
-        with masks_replaced(self.model, draw_masks(masks)):
+
+        def again() -> None:
+            masks.manual_seed(masks.initial_seed())
+
+        with masks_replaced(self.model, draw_masks(masks), again):
             yield Opened(self, masks, seed, shared)
 
     def _shares_masks(self) -> bool:

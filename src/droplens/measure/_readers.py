@@ -75,7 +75,7 @@ def readers(
     trail = _Trail(model, spectra)
     with (
         torch.no_grad(),
-        masks_replaced(model, trail.visit if layers is None else lambda call, x: x),
+        masks_replaced(model, trail.visit if layers is None else lambda call, x: x, trail.begin),
         trail.hooked(layers or {}),
         _Follower(trail),
     ):

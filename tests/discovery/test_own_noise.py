@@ -1,0 +1,132 @@
+"""Noise that is no dropout call: off where dropout is off, and where its masks are ours."""
+
+import pytest
+import torch
+from torch import nn
+
+import droplens as dl
+from droplens.gates import draw_masks, masks_held, masks_off, masks_replaced, open_gates
+
+x = torch.randn(6, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+labels = torch.arange(6) % 2
+cross_entropy = nn.CrossEntropyLoss()
+
+
+class Noisy(nn.Module):
+    """Noise written by hand around a layer, in train mode only."""
+
+    def __init__(self, draw, around=None):
+        super().__init__()
+        self.draw, self.around = draw, around or nn.Identity()
+
+    def forward(self, h):
+        h = self.around(h)
+        return h + self.draw(h) if self.training else h
+
+
+def spectral(normalise):
+    net = nn.Sequential(normalise(nn.Linear(3, 4)), nn.Tanh(), nn.Dropout(0.3), nn.Linear(4, 2))
+    with torch.no_grad():
+        net[3].weight.mul_(5)
+    return net
+
+
+NETWORKS = {
+    "rand": lambda: noisy(lambda h: torch.rand(len(h), 1, dtype=h.dtype)),
+    "randn_like": lambda: noisy(torch.randn_like),
+    "bernoulli_": lambda: noisy(lambda h: torch.empty_like(h).bernoulli_(0.5)),
+    "normal": lambda: noisy(lambda h: torch.normal(0.0, 1.0, h.shape, dtype=h.dtype)),
+    "around dropout": lambda: noisy(torch.randn_like, nn.Dropout(0.4)),
+    "spectral norm": lambda: spectral(nn.utils.parametrizations.spectral_norm),
+    "old spectral norm": lambda: spectral(nn.utils.spectral_norm),
+}
+
+
+def noisy(draw, around=None):
+    return nn.Sequential(
+        nn.Linear(3, 4), Noisy(draw, around), nn.Tanh(), nn.Dropout(0.3), nn.Linear(4, 2)
+    )
+
+
+@pytest.fixture(params=NETWORKS)
+def net(request):
+    torch.manual_seed(0)
+    return NETWORKS[request.param]().double()
+
+
+def without_noise(net):
+    """A copy that has none to begin with."""
+    return nn.Sequential(
+        *(child.around if isinstance(child, Noisy) else child for child in net)
+    ).eval()
+
+
+@pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
+def test_off_is_what_eval_is(net, mode):
+    expected = net.eval()(x)
+    net.train(mode)
+    before = {name: buffer.clone() for name, buffer in net.named_buffers()}
+    with masks_off(net):
+        for _ in range(2):
+            assert torch.equal(net(x), expected)
+    assert all(module.training is mode for module in net.modules())
+    assert all(torch.equal(before[name], buffer) for name, buffer in net.named_buffers())
+    assert not net._forward_hooks
+
+
+def test_masks_are_all_the_noise_there_is(net):
+    """The first pass is run again without the module's noise, with masks of its own."""
+    twin = without_noise(net)
+    found, expected = [], []
+    for model, into in ((net, found), (twin, expected)):
+        with masks_held(model, 0) as held:
+            for draw in (0, 1, 0):
+                held.hold(draw, 0)
+                into.append(model(x))
+    assert all(map(torch.equal, found, expected))
+    assert torch.equal(found[0], found[2])
+    source = torch.Generator().manual_seed(0)
+    with masks_replaced(net, draw_masks(source)):
+        assert not torch.equal(net(x), net(x))
+
+
+def test_gates_are_met_once(net):
+    opened, expected = open_gates(net.train(), x), open_gates(without_noise(net), x)
+    assert torch.equal(opened.outputs, expected.outputs)
+    shapes = [[gate.tensor.shape for gate in gates] for gates in (opened.gates, expected.gates)]
+    assert shapes[0] == shapes[1]
+    values = [float(dl.penalty(model, x, cross_entropy)) for model in (net, without_noise(net))]
+    assert values[0] == values[1]
+
+
+def test_what_is_measured_does_not_follow_the_global_stream(net):
+    found = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        found.append(dl.decompose(net, x, labels, cross_entropy, draws=8, seed=0))
+    assert found[0] == found[1]
+    assert found[0].base.value == pytest.approx(cross_entropy(net.eval()(x), labels).item())
+
+
+def test_noise_of_what_also_calls_dropout_stays():
+    """One flag for both: in eval the module would lose its site."""
+
+    class Both(nn.Module):
+        def forward(self, h):
+            h = nn.functional.dropout(h, 0.5, self.training)
+            return h + torch.randn_like(h) if self.training else h
+
+    net = nn.Sequential(nn.Linear(3, 4), Both()).double()
+    with masks_off(net):
+        assert not torch.equal(net(x), net(x))
+    assert [site.law is None for site in dl.sites(net, x)] == [False, True]
+
+
+def test_noise_in_eval_too_is_the_networks_own():
+    class Always(nn.Module):
+        def forward(self, h):
+            return h + torch.randn_like(h)
+
+    net = nn.Sequential(nn.Linear(3, 4), Always(), nn.Dropout(0.5)).double()
+    with masks_off(net):
+        assert not torch.equal(net(x), net(x))
