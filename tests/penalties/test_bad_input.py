@@ -284,3 +284,57 @@ def test_a_compiled_network_costs_what_it_costs_uncompiled():
     compiled = torch.compile(net, backend="eager")
     for method in ALL:
         assert float(price(compiled, method)) == float(price(net, method))
+
+
+CUTS = {
+    "detached": lambda m, h: m.drop(h).detach(),
+    "through numpy": lambda m, h: torch.from_numpy(m.drop(h).detach().numpy().copy()),
+    "argmax": lambda m, h: F.one_hot(m.drop(h).argmax(-1), 4).to(h),
+}
+
+
+@pytest.mark.parametrize("around", CUTS.values(), ids=CUTS)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_site_behind_which_the_graph_is_cut_is_not_measured(around, method):
+    net = Tail(around).double()
+    found = price(net, method)
+    assert found.total == 0
+    assert "the forward cuts the graph behind it" in found.unmeasured["drop"]
+    with pytest.raises(ValueError, match="site 'drop' has no penalty: no derivative"):
+        price(net, method, sites=["drop"])
+    with pytest.raises(ValueError, match="site 'drop' cannot be replaced by a penalty: no deriv"):
+        dl.replace_dropout(net, cross_entropy, method)(x, labels)
+
+
+def test_a_site_that_outputs_do_not_depend_on_costs_nothing():
+    net = Tail(lambda m, h: (m.drop(h), h)[1]).double()
+    found = price(net)
+    assert found.unmeasured == {}
+    assert abs(float(found.by_site["drop"].detach())) < 1e-15
+    assert "no output moves with the units at 'drop' to first order" in found.notes[0]
+
+
+def test_steps_are_said_to_have_no_first_order():
+    found = price(Tail(lambda m, h: m.drop(h).sign()).double())
+    assert "by steps alone (round, sign)" in found.notes[0]
+
+
+@pytest.mark.parametrize("method", [*METHODS, "sampled"])
+def test_units_in_half_precision_are_not_measured(method):
+    class Cast(Tail):
+        def forward(self, inputs):
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return super().forward(inputs).float()
+
+    net = Cast(plain)
+    found = price(net, method, x.float())
+    assert "its units are in half precision" in found.unmeasured["drop"]
+    with pytest.raises(ValueError, match="site 'drop' has no penalty: its units are in half"):
+        price(net, method, x.float(), sites=["drop"])
+
+
+def test_units_in_double_precision_among_single():
+    net = Tail(lambda m, h: m.drop(h.double()).relu().float() + 1)
+    assert float(price(net, inputs=x.float())) == pytest.approx(
+        float(price(Tail(plain), inputs=x.float())), rel=1e-5
+    )

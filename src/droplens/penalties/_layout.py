@@ -150,6 +150,19 @@ def _reached(f: Tensor, tensors: Sequence[Tensor], examples: list[int]) -> list[
     return [found != 0 for found in pull_back(f, cotangent, tensors)]
 
 
+def leads_back(f: Tensor, tensors: Sequence[Tensor]) -> list[bool]:
+    """Whether the graph of f leads back to each tensor: where not, there is no derivative."""
+    seen: set[Any] = set()
+    waiting: list[Any] = [f.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            waiting += [following for following, _ in node.next_functions]
+    leaves = {id(node.variable) for node in seen if _kind(node) == "AccumulateGrad"}
+    return [t.grad_fn in seen if t.grad_fn is not None else id(t) in leaves for t in tensors]
+
+
 # Where a matrix product's graph has its rows of examples.
 _ROWS_OF = {"AddmmBackward0": 1, "MmBackward0": 0}
 

@@ -11,10 +11,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from droplens._memory import keep_freed_memory
 from droplens.batches import n_examples, rows_of
-from droplens.calling import ForwardError, check_inputs, check_outputs
-from droplens.gates import Opened, open_gates
+from droplens.calling import ForwardError, check_inputs, check_outputs, predictions
+from droplens.gates import Opened, draw_masks, masks_replaced, open_gates
 from droplens.losses import Family
-from droplens.penalties._layout import layouts
+from droplens.penalties._layout import layouts, leads_back
 from droplens.penalties._sources import Source, source_of, tensors_of
 from droplens.products import term_jacobian
 
@@ -102,7 +102,7 @@ def open_network(
     keep_freed_memory()
     check_inputs(inputs)
     _check_norms(model)
-    opened = open_gates(model, inputs, names)
+    opened = _without_cut(model, inputs, open_gates(model, inputs, names))
     check_outputs(model, opened.outputs)
     _check_names(names, opened)
     if targets is not None:
@@ -239,6 +239,32 @@ def _sources(f: Tensor, opened: Opened, keep: bool) -> tuple[tuple[Source, ...],
         except ValueError as error:
             mixing[gate.name] = str(error)
     return tuple(kept), mixing
+
+
+_CUT = (
+    "no derivative of the outputs leads back to it, though they depend on it: the forward cuts the "
+    "graph behind it (detach, numpy, argmax, ...); droplens.decompose draws its masks all the same"
+)
+
+
+def _without_cut(model: nn.Module, inputs: Any, opened: Opened) -> Opened:
+    """The gates that derivatives can reach; the others that matter are not measured."""
+    cut: dict[str, str] = {}
+    tensors = [tensors_of(gate) for gate in opened.gates]
+    linked = iter(leads_back(opened.outputs, [tensor for some in tensors for tensor in some]))
+    for gate, some in zip(opened.gates, tensors, strict=True):
+        reached = [next(linked) for _ in some]
+        if any(reached) or not reached:  # a weight may be read in a way not known
+            continue
+        source = torch.Generator(device=gate.units.device).manual_seed(0)
+        with torch.no_grad(), masks_replaced(model, draw_masks(source, [gate.name])):
+            moved = predictions(model, inputs)
+        if not torch.equal(moved, opened.outputs):
+            cut[gate.name] = _CUT
+    if not cut:
+        return opened
+    gates = tuple(gate for gate in opened.gates if gate.name not in cut)
+    return replace(opened, gates=gates, unmeasured={**opened.unmeasured, **cut})
 
 
 @dataclass(frozen=True)

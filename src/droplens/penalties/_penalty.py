@@ -211,6 +211,13 @@ def notes_on(network: Network, counts: Mapping[str, float]) -> tuple[str, ...]:
         for name, count in counts.items()
         if 0 < count < FEW_UNITS
     ]
+    notes += [
+        f"no output moves with the units at {name!r} to first order, so they cost nothing here: "
+        "the outputs do not depend on them, or by steps alone (round, sign); compare with "
+        "droplens.decompose"
+        for name, count in counts.items()
+        if count == 0
+    ]
     if counts and len(network.sources) >= MANY_SITES:
         notes.append(
             f"{len(network.sources)} sites act through one another, which linearising leaves out; "
@@ -286,7 +293,8 @@ def _gaussian(
     for term in terms(network, create_graph=keep):
         noises = []
         for source, scores in network.by_source(term.scores):
-            noises.append(source.noise(scores, n, source.law))
+            noise = source.noise(scores, n, source.law)
+            noises.append(noise.to(term.f.dtype))  # a site may run in double where outputs do not
             if source.name not in counts:
                 # Where nothing is dropped (p = 0) no coin takes part, however large the scores.
                 alive = bool(noises[-1].detach().any())
