@@ -130,3 +130,36 @@ def test_noise_in_eval_too_is_the_networks_own():
     net = nn.Sequential(nn.Linear(3, 4), Always(), nn.Dropout(0.5)).double()
     with masks_off(net):
         assert not torch.equal(net(x), net(x))
+
+
+def test_auxiliary_outputs_of_train_mode_are_left_out():
+    """As Inception has them."""
+
+    class Auxiliary(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5))
+            self.head, self.side = nn.Linear(4, 2), nn.Linear(4, 2)
+
+        def forward(self, inputs):
+            h = self.body(inputs)
+            return (self.head(h), self.side(h)) if self.training else self.head(h)
+
+    net = Auxiliary().double()
+    found = dl.decompose(net, x, labels, cross_entropy, draws=8, seed=0)
+    assert found.base.value == pytest.approx(cross_entropy(net.eval()(x), labels).item())
+    assert found.gap.standard_error > 0
+    assert dl.penalty(net, x, cross_entropy).total > 0
+
+
+def test_several_outputs_in_eval_too_are_refused():
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.drop = nn.Dropout(0.5)
+
+        def forward(self, inputs):
+            return self.drop(inputs), inputs
+
+    with pytest.raises(TypeError, match="the model returned a tuple of 2"):
+        dl.penalty(Pair().double(), x, cross_entropy)

@@ -293,8 +293,8 @@ def switched(
     """While open, sites are on and handed to `visit`, and all else does as at test time.
 
     What draws noise of its own in train mode, and calls no dropout function, is put in eval once
-    it has been seen to: the pass is then run again. Modes, buffers, RNG state and hooks are as
-    before on the way out, also after an error.
+    it has been seen to, as is a model that returns several tensors: the pass is then run again.
+    Modes, buffers, RNG state and hooks are as before on the way out, also after an error.
 
     Args:
         model: any torch model.
@@ -304,9 +304,12 @@ def switched(
     with guarded(model), intercept(model, visit) as tracker:
         switch_on(model)
 
-        def again(module: nn.Module, args: Any, kwargs: Any, _: Any) -> Any:
-            own = [m for m in tracker.drawing - tracker.dropping if m.training]
+        def again(module: nn.Module, args: Any, kwargs: Any, outputs: Any) -> Any:
+            own = tracker.drawing.copy()
             tracker.drawing.clear()
+            if isinstance(outputs, tuple | list):  # auxiliary outputs, which eval may not have
+                own.add(module)
+            own = {m for m in own - tracker.dropping if m.training}
             if not own:
                 return None
             for drawing in own:
