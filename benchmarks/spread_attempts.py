@@ -1,7 +1,7 @@
 """What was tried to better the Gaussian spread: `python -m benchmarks.spread_attempts`.
 
 Prints the second table of docs/gaussian.md: the networks of the first, each attempt's error against
-Monte Carlo, all in float64.
+Monte Carlo, all in float64. Then, for the trained MLP, what balanced masks do.
 """
 
 import sys
@@ -15,8 +15,10 @@ from benchmarks.spread_table import RATES, loss, made
 from droplens.data import digits
 from droplens.gates import draw_masks, masks_off, masks_replaced
 from droplens.losses import family
+from droplens.penalties._masks import pseudo_values
 
 EXAMPLES, DRAWS, FEW = 128, 400, 8
+BALANCED, REPEATS = 16, 200
 # A step along the masks' noise so small that the network is linear in it.
 STEP = 1e-5
 CATEGORICAL = family(loss)
@@ -81,6 +83,49 @@ def line(name: str, trained: bool, p: float, net: nn.Module, x: Tensor) -> None:
     print(f"| {name} | {state} | {p} | {errors} | {share:.0f}% |", flush=True)
 
 
+def balanced(shape: torch.Size, p: float, source: torch.Generator) -> Tensor:
+    """Masks (K, *shape) that drop every unit in ⌊pK⌋ or ⌈pK⌉ of the K draws, pK on average."""
+    options = {"generator": source, "dtype": torch.float64}
+    turns = torch.rand(BALANCED, *shape, **options).argsort(0)
+    return ((turns + torch.rand(shape, **options)) / BALANCED % 1 >= p) / (1 - p)
+
+
+def from_few(net: nn.Module, x: Tensor, p: float, source: torch.Generator, even: bool) -> float:
+    """The jackknife's spread from K masks, balanced or drawn independently."""
+    masks: dict[str, Tensor] = {}
+    drawn = []
+    independent = draw_masks(source)
+    for k in range(BALANCED):
+
+        def visit(call, units, k=k):
+            if not even:
+                return independent(call, units)
+            if call.name not in masks:
+                masks[call.name] = balanced(units.shape, p, source)
+            return units * masks[call.name][k]
+
+        with torch.no_grad(), masks_replaced(net, visit):
+            drawn.append(net(x))
+    f = torch.stack(drawn).unsqueeze(2)  # (K, n, 1, C)
+    return float(pseudo_values(CATEGORICAL, f).mean())
+
+
+def balance(net: nn.Module, x: Tensor) -> None:
+    """The table of balanced masks: deviations and errors in percent of the spread."""
+    print(f"\n| p | deviation of {BALANCED} masks | balanced | error of balanced |")
+    print("| --- | --- | --- | --- |")
+    for p in RATES:
+        set_rate(net, p)
+        found = {}
+        for even in (False, True):
+            source = torch.Generator().manual_seed(0)
+            found[even] = torch.tensor([from_few(net, x, p, source, even) for _ in range(REPEATS)])
+        truth = found[False].mean()  # unbiased
+        deviations = " | ".join(f"{100 * values.std() / truth:.1f}%" for values in found.values())
+        error = 100 * (found[True].mean() / truth - 1)
+        print(f"| {p} | {deviations} | {error:+.1f}% |", flush=True)
+
+
 def main() -> None:
     x = digits().test.inputs[:EXAMPLES].double()
     print(
@@ -93,6 +138,7 @@ def main() -> None:
             net = made(name, trained).double()
             for p in RATES:
                 line(name, trained, p, net, x)
+    balance(made("MLP", True).double(), x)
 
 
 if __name__ == "__main__":
