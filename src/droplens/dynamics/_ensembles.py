@@ -1,7 +1,7 @@
 """Averages of a network over its masks: geometric, arithmetic, and what scaling makes of them."""
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,14 +11,15 @@ from torch import Tensor, nn
 from droplens.estimates import Estimate, exact, jackknife
 from droplens.losses import Binary, Categorical, Family, Poisson, Squared
 from droplens.measure._risk import Loss
+from droplens.penalties._pooling import Group
 
 
 @dataclass(frozen=True)
 class Ensembles:
     """Three predictors made of one network's masks, in units of the loss; errors over masks.
 
-    A divergence below ½ tr(H Σ_f)/draws, the bias that is removed from it, has an error that is too
-    small; its value may fall below zero.
+    A divergence below ½ tr(H Σ_f)/draws, the bias that is removed from it, may have a value below
+    zero, and of one or two examples an error that is too small.
 
     Args:
         scaled: the loss of the network without masks, which is what a model in eval mode predicts.
@@ -37,6 +38,11 @@ class Ensembles:
     geometric_divergence: Estimate
     arithmetic_divergence: Estimate | None
     gain: Estimate | None
+
+    def pooled(self, processes: Group) -> "Ensembles":
+        """Those over the data of all processes."""
+        known = {name: v for name, v in vars(self).items() if v is not None}
+        return replace(self, **dict(zip(known, processes.pooled([*known.values()]), strict=True)))
 
 
 class InDouble:

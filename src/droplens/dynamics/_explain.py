@@ -3,8 +3,8 @@
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,11 @@ from droplens.gates import draw_masks, masks_off, masks_replaced
 from droplens.losses import Family
 from droplens.losses import family as family_of
 from droplens.measure._risk import labelled
+from droplens.penalties._pooling import Group
 from droplens.randomness import private_generator
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 # Outputs under masks that are held at once, 128 MB of float32.
 _HELD = 1 << 25
@@ -48,6 +52,8 @@ class GapExplained:
         seed: repeats the draws.
         unmeasured: sites without a law, and why; they were off.
         notes: what a reader of the numbers should know.
+        divisor: what the loss's mean over the training data divides by; None for a sum.
+        validation_divisor: likewise over the validation data.
     """
 
     gap: Estimate
@@ -62,6 +68,45 @@ class GapExplained:
     seed: int
     unmeasured: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    divisor: float | None = None
+    validation_divisor: float | None = None
+
+    def all_reduce(self, group: "ProcessGroup | None" = None) -> "GapExplained":
+        """The gap over the data of all processes, the same on each.
+
+        Every process explains its own part of the training and of the validation data, with its
+        own masks, and calls this. Norm layers in train mode saw the batches of their process, as
+        they do where training is distributed.
+
+        Args:
+            group: of torch.distributed; the default group if not given.
+
+        Raises:
+            RuntimeError: if torch.distributed has not been initialised.
+            ValueError: if the processes met different sites, or drew from one seed.
+        """
+        trained = Group(self.divisor, [*self.unmeasured], group)
+        trained.check_seeds(self.seed)
+        parts = trained.pooled([self.training, self.spread, self.shift, self.norm_mode])
+        validated = Group(self.validation_divisor, [], group)
+        validation, other = validated.pooled([self.validation, self.generalization])
+        return replace(
+            self,
+            gap=replace(parts[0], value=parts[0].value - validation.value),
+            training=parts[0],
+            spread=parts[1],
+            shift=parts[2],
+            norm_mode=parts[3],
+            generalization=replace(
+                other,
+                value=parts[0].value - sum(part.value for part in parts[1:]) - validation.value,
+                n=int(validated.summed([other.n])[0]),
+            ),
+            validation=validation,
+            ensembles=self.ensembles.pooled(validated),
+            divisor=trained.divisor,
+            validation_divisor=validated.divisor,
+        )
 
 
 def explain_gap(
@@ -145,6 +190,8 @@ def explain_gap(
         used_seed,
         {site.name: site.reason or "" for site in found if site.law is None},
         _notes(live),
+        None if summed else trained.masses,
+        None if summed else validated.ensembles.masses,
     )
 
 
