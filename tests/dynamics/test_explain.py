@@ -9,7 +9,9 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import droplens as dl
+from droplens.batches import Batch
 from droplens.dynamics._ensembles import arithmetic_means
+from droplens.dynamics._explain import _Training
 from droplens.losses import family
 from tests.discovery.test_sites import Raises, assert_same_state, state_of
 from tests.dynamics.test_modified import Outputs
@@ -309,23 +311,30 @@ def test_intervals_cover_the_truth_at_their_level():
 
 @pytest.mark.slow
 def test_norm_modes_interval_covers_the_truth_at_its_level():
-    """1,000 repeats of 100 draws, masks before a norm layer: all 4,096 masks of the batch known."""
+    """1,000 repeats of 50 draws, masks before a norm layer: all 4,096 masks of the batch known."""
     torch.manual_seed(0)
     net = nn.Sequential(
         nn.Linear(2, 3), nn.Tanh(), nn.Dropout(P), nn.BatchNorm1d(3), nn.Linear(3, 2)
     ).double()
     net[3].momentum = 0.0
-    expected = 0.0
+    expected = dict.fromkeys(("norm_mode", "training"), 0.0)
     with torch.no_grad():
         for weight, z in all_coins(12, P):
             masks = [z.view(4, 3) / (1 - P)]
             live, still = (cross_entropy(masked_output(m(), x, masks), labels) for m in modes(net))
-            expected += weight * float(live - still)
-    held = 0
+            expected["norm_mode"] += weight * float(live - still)
+            expected["training"] += weight * float(live)
+    held = dict.fromkeys(expected, 0)
     for seed in range(1000):
-        low, high = explain(net, draws=100, seed=seed).norm_mode.interval()
-        held += low <= expected <= high
-    assert 930 <= held <= 970, held
+        source = torch.Generator().manual_seed(seed)
+        measured = _Training(net, family(cross_entropy), cross_entropy, 50, source, [net[3]])
+        with torch.no_grad():
+            measured.add(Batch(x, labels), labels)
+        *_, norm_mode, training = measured.estimates(False, True)
+        for name, estimate in (("norm_mode", norm_mode), ("training", training)):
+            low, high = estimate.interval()
+            held[name] += low <= expected[name] <= high
+    assert all(930 <= count <= 970 for count in held.values()), held
 
 
 def modes(net):

@@ -1,0 +1,81 @@
+"""Where every sampled number of the penalties and of the dynamics has its coverage tested.
+
+Over 1,000 repeats the 95% interval holds the truth in 93–97%.
+
+| function | fields | test |
+| --- | --- | --- |
+| `decompose` | gap, spread, shift; the same by site | penalties/test_decompose |
+| `decompose` over a loader | gap, spread, shift | penalties/test_streams |
+| `penalty("sampled")` | total; one probe: at least 93% | penalties/test_sampled |
+| `penalty("masks")` | total | penalties/test_masks |
+| either over a loader | total | penalties/test_streams |
+| `modified_loss` | explicit, implicit, drift, diffusion, total | test_modified |
+| `gradient_noise` | trace, by site, signal | test_noise |
+| `noise_alignment` | value, null | test_noise |
+| `explain_gap` | gap, spread, shift, training | test_explain |
+| `explain_gap`, norm layers in train mode | norm_mode, training | test_explain |
+| `explain_gap` | generalization, over data | test_explain |
+| `.ensembles` | arithmetic, geometric, gain, arithmetic divergence | test_explain |
+| `.ensembles` | both divergences, both losses | below |
+
+Exact, so without an interval: `base`, `risk`, `validation`, `scaled`, the other penalties,
+`penalty_curve`, `equivalent_rates`, and `frozen_mask_order`, whose one mask is given. What a group
+of processes or the by-site rows over a loader add up is pooled as the batches of a loader are.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from droplens.dynamics._ensembles import EnsembleSums, InDouble
+from droplens.losses import family
+from tests.penalties.test_penalty import cross_entropy, deep_network, labels, x
+from tests.reference import all_coins
+
+P, DRAWS = 0.3, 50
+
+
+def enlarged():
+    """Weights so large that scaling by 1 − p loses what can be seen."""
+    net = deep_network(P).eval()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.mul_(3)
+    return net
+
+
+def outputs_under_all_masks(net):
+    """Probabilities (M) and outputs (M, n, C), every example under the same mask."""
+    weights, found = [], []
+    for weight, z in all_coins(8, P):
+        hidden = torch.tanh(net[0](x)) * z[:4] / (1 - P)
+        found.append(net[6](torch.tanh(net[3](hidden)) * z[4:] / (1 - P)).detach())
+        weights.append(weight)
+    return torch.tensor(weights, dtype=torch.float64), torch.stack(found)
+
+
+@pytest.mark.slow
+def test_ensembles_of_a_deep_network_cover_the_truth_at_their_level():
+    """1,000 repeats of 50 draws out of outputs written out, two sites in a row."""
+    net = enlarged()
+    weights, found = outputs_under_all_masks(net)
+    scaled = net(x).detach()
+    geometric = torch.einsum("m,mnc->nc", weights, found).log_softmax(-1)
+    arithmetic = torch.einsum("m,mnc->nc", weights, found.softmax(-1)).log()
+    expected = {}
+    for name, logs in (("geometric", geometric), ("arithmetic", arithmetic)):
+        expected[name] = float(cross_entropy(logs, labels))
+        divergence = F.kl_div(scaled.log_softmax(-1), logs, reduction="sum", log_target=True)
+        expected[f"{name}_divergence"] = float(divergence) / len(x)
+    scorer = InDouble(family(cross_entropy), cross_entropy, scaled, labels)
+    examples, held = torch.arange(len(x)), dict.fromkeys(expected, 0)
+    for seed in range(1000):
+        source = torch.Generator().manual_seed(seed)
+        masks = torch.multinomial(weights, DRAWS * len(x), True, generator=source)
+        sums = EnsembleSums(DRAWS)
+        sums.add(scorer, scaled, found[masks.view(DRAWS, len(x)), examples])
+        result = sums.estimates(False, True)
+        for name, value in expected.items():
+            low, high = getattr(result, name).interval()
+            held[name] += low <= value <= high
+    assert all(930 <= count <= 970 for count in held.values()), held
