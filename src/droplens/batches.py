@@ -6,23 +6,21 @@ pass, and leaves those streams as they were.
 """
 
 import math
-import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from droplens._streams import Streams, generators_of
 from droplens.calling import check_inputs, tensors_in
+from droplens.labels import IGNORED, NO_LABEL, holds_label, ignored_label
 
 TARGET_KEYS = ("labels", "label", "targets", "target")
-# torch's default ignore_index.
-IGNORED = -100
 
 # Numbers in one chunk of a data set that is given whole: 8 MB of float32.
 _CHUNK_NUMBERS = 2**21
@@ -44,7 +42,7 @@ class Batches(ABC):
         """One pass over all batches, checked: no empty ones, no NaN, no Inf."""
 
 
-def as_batches(data: Any, model: nn.Module | None = None) -> Batches:
+def as_batches(data: Any, model: nn.Module | None = None, loss: object = None) -> Batches:
     """Turn `data` into batches of (inputs, targets).
 
     Accepted: a tensor of inputs; a pair (inputs, targets), where inputs may also be a tuple or
@@ -52,7 +50,8 @@ def as_batches(data: Any, model: nn.Module | None = None) -> Batches:
     of batches, each a tensor, a tuple whose last entry is the targets, or a mapping that holds
     them under "labels" or "targets". With a causal language model of Hugging Face as `model`,
     "labels" are taken as such models take them: unshifted, and compared with the predictions one
-    position earlier.
+    position earlier. With a `loss` that ignores a label, batches that hold no other are left out:
+    they count nothing, and torch's mean over them is 0/0.
 
     >>> batch, = as_batches((torch.zeros(5, 2), torch.ones(5)))
     >>> batch.inputs.shape, batch.targets.shape
@@ -60,11 +59,23 @@ def as_batches(data: Any, model: nn.Module | None = None) -> Batches:
 
     Raises:
         TypeError: if `data` is something else, or can be read only once.
-        ValueError: if it is empty, or inputs and targets differ in length.
+        ValueError: if it is empty, inputs and targets differ in length, or no label counts.
     """
     if isinstance(data, Batches):
         return data
-    split = partial(_split, shifted=model is not None and predicts_next_token(model))
+    shifts = model is not None and predicts_next_token(model)
+    ignored = ignored_label(loss)
+    split = partial(_split, beyond=(IGNORED if ignored is None else ignored) if shifts else None)
+    batches = _read(data, split)
+    return batches if ignored is None else Counted(batches, ignored)
+
+
+def _read(data: Any, split: Callable[[Any], Batch]) -> Batches:
+    """All of `data` in batches.
+
+    Raises:
+        TypeError: if it is nothing that holds any.
+    """
     if isinstance(data, Tensor | Mapping):
         return _Whole(split(data))
     if isinstance(data, TensorDataset):
@@ -102,12 +113,13 @@ def predicts_next_token(model: nn.Module) -> bool:
     return any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names)
 
 
-def _split(item: Any, shifted: bool = False) -> Batch:
+def _split(item: Any, beyond: int | None) -> Batch:
     """Tell inputs from targets in one batch of a loader.
 
     Args:
         item: the batch.
-        shifted: whether "labels" (n, T) belong to the predictions one position earlier.
+        beyond: the label of the last position, where "labels" (n, T) belong to the predictions one
+            position earlier; None where they do not.
 
     Raises:
         TypeError: if the batch is nothing that holds inputs.
@@ -118,8 +130,9 @@ def _split(item: Any, shifted: bool = False) -> Batch:
         key = next((key for key in TARGET_KEYS if key in item), None)
         inputs = {name: value for name, value in item.items() if name != key}
         targets = None if key is None else item[key]
-        if shifted and key == "labels" and isinstance(targets, Tensor) and targets.dim() == 2:
-            targets = F.pad(targets[:, 1:], (0, 1), value=IGNORED)
+        shifted = beyond is not None and key == "labels"
+        if shifted and isinstance(targets, Tensor) and targets.dim() == 2:
+            targets = F.pad(targets[:, 1:], (0, 1), value=beyond)
         return Batch(inputs, targets)
     if isinstance(item, list | tuple) and item:
         if len(item) == 1:
@@ -184,6 +197,12 @@ def in_parts(batch: Batch, rows: int) -> Iterator[Batch]:
         yield Batch(rows_of(batch.inputs, part), targets)
 
 
+def counted_parts(batch: Batch, rows: int, loss: object) -> Iterator[Batch]:
+    """Those of `in_parts` that hold a label which the loss counts."""
+    ignored = ignored_label(loss)
+    return (part for part in in_parts(batch, rows) if holds_label(part.targets, ignored))
+
+
 def _rows_of(inputs: Any, rows: slice | Tensor, n: int) -> Any:
     if isinstance(inputs, Tensor):
         return inputs[rows] if inputs.dim() and len(inputs) == n else inputs
@@ -199,8 +218,8 @@ class _Loaded(Batches):
 
     def __init__(self, loader: Iterable[Any], split: Callable[[Any], Batch]) -> None:
         self._loader, self._split = loader, split
-        self._own = _generators(loader)
-        self._start = _Streams()
+        self._own = generators_of(loader)
+        self._start = Streams()
 
     def __iter__(self) -> Iterator[Batch]:
         before = [generator.get_state() for generator in self._own]
@@ -227,47 +246,6 @@ class _Loaded(Batches):
                 generator.set_state(state)
         if empty:
             raise ValueError("data is empty: there is no batch to measure on")
-
-
-def _generators(loader: Any) -> list[torch.Generator]:
-    owners = (loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None))
-    found = {id(g): g for owner in owners if (g := getattr(owner, "generator", None)) is not None}
-    return [generator for generator in found.values() if isinstance(generator, torch.Generator)]
-
-
-class _Streams:
-    """A state of the global random streams that data loading may draw from."""
-
-    def __init__(self) -> None:
-        self._torch = torch.get_rng_state()
-        self._numpy = np.random.get_state()
-        self._python = random.getstate()
-
-    def install(self) -> None:
-        torch.set_rng_state(self._torch)
-        np.random.set_state(self._numpy)
-        random.setstate(self._python)
-
-    def lent(self) -> "_Lent":
-        return _Lent(self)
-
-    def advanced(self) -> "_Streams":
-        """Where the streams are now."""
-        return _Streams()
-
-
-class _Lent:
-    """While open, the global streams are in the given state; afterwards as before."""
-
-    def __init__(self, state: _Streams) -> None:
-        self._state = state
-
-    def __enter__(self) -> None:
-        self._before = _Streams()
-        self._state.install()
-
-    def __exit__(self, *_: object) -> None:
-        self._before.install()
 
 
 class Fingerprint:
@@ -344,12 +322,41 @@ class SameEveryPass(Batches):
             )
 
 
-def checked_passes(data: Any, model: nn.Module | None = None, in_order: bool = False) -> Batches:
+class Counted(Batches):
+    """The batches that hold a label which counts; `everything` are those and the others."""
+
+    def __init__(self, everything: Batches, ignored: int) -> None:
+        self.everything, self.ignored = everything, ignored
+
+    def __iter__(self) -> Iterator[Batch]:
+        found = False
+        for batch in self.everything:
+            if holds_label(batch.targets, self.ignored):
+                found = True
+                yield batch
+        if not found:
+            raise ValueError(NO_LABEL)
+
+
+def everything(batches: Batches) -> Batches:
+    """All of them, also those without a label: for what no loss is asked about."""
+    return batches.everything if isinstance(batches, Counted) else batches
+
+
+def checked_passes(
+    data: Any, model: nn.Module | None = None, loss: object = None, *, in_order: bool = False
+) -> Batches:
     """Like `as_batches`, for methods that need every pass to see the same examples.
 
     With `in_order` also in the same batches and places, one after the other.
     """
-    batches = as_batches(data, model)
+    batches = as_batches(data, model, loss)
+    if isinstance(batches, Counted):
+        return Counted(_same_every_pass(batches.everything, in_order), batches.ignored)
+    return _same_every_pass(batches, in_order)
+
+
+def _same_every_pass(batches: Batches, in_order: bool) -> Batches:
     # Tensors in memory cannot change unasked.
     if isinstance(batches, _Whole):
         return batches
@@ -362,4 +369,5 @@ def checked_passes(data: Any, model: nn.Module | None = None, in_order: bool = F
 
 def is_one_batch(batches: Batches) -> bool:
     """Whether these are tensors in memory that fit one batch."""
+    batches = everything(batches)
     return isinstance(batches, _Whole) and batches.chunks == 1

@@ -127,7 +127,7 @@ def alignment_on(
     with torch.enable_grad():
         only = batches[0] if len(batches) == 1 else None
         held = list(batches) if only is None else (only.inputs, only.targets)
-        checked = checked_passes(held, model)
+        checked = checked_passes(held, model, loss)
 
         @contextmanager
         def hessian() -> Iterator[LossHessian]:

@@ -160,7 +160,7 @@ def explain_gap(
     if draws < 2:
         raise ValueError(f"draws has to be at least 2, but got {draws}")
     family = family_of(loss)
-    seen, unseen = as_batches(training, model), as_batches(validation, model)
+    seen, unseen = (as_batches(data, model, loss) for data in (training, validation))
     first = next(iter(seen))
     found = find_sites(model, first.inputs)
     weight = next(model.parameters(), torch.empty(0))

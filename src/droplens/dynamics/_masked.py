@@ -64,9 +64,11 @@ def check_sites(wanted: Collection[str] | None, lawful: list[str]) -> list[str]:
     return lawful if wanted is None else list(wanted)
 
 
-def batches_of(model: nn.Module, inputs: Any, targets: Tensor | None) -> Iterable[Batch]:
+def batches_of(
+    model: nn.Module, inputs: Any, targets: Tensor | None, loss: object
+) -> Iterable[Batch]:
     """The one batch that a caller gave, or those of a loader, streamed."""
-    batches = streamed(inputs, targets, model)
+    batches = streamed(inputs, targets, model, loss)
     return [Batch(inputs, targets)] if batches is None else batches
 
 

@@ -101,7 +101,7 @@ def modified_loss(
     """
     check_draws(draws)
     epsilon = check_learning_rate(learning_rate)
-    masked = MaskedLoss(model, batches_of(model, inputs, targets), loss)
+    masked = MaskedLoss(model, batches_of(model, inputs, targets, loss), loss)
     source, used_seed = private_generator(generator, seed, masked.device)
     lawful = masked.lawful
     idle = masked.is_idle(lawful)

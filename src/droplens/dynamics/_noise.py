@@ -83,7 +83,7 @@ def gradient_noise(
         ValueError: for a bad number of draws, an unknown site, bad inputs, targets or weights.
     """
     check_draws(draws)
-    masked = MaskedLoss(model, batches_of(model, inputs, targets), loss)
+    masked = MaskedLoss(model, batches_of(model, inputs, targets, loss), loss)
     source, used_seed = private_generator(generator, seed, masked.device)
     return noise_on(masked, draws, check_sites(sites, masked.lawful), source, used_seed)
 

@@ -137,7 +137,7 @@ def compare(  # noqa: PLR0913  # the last seven are keywords with defaults
     sets = _checked_sets(models)
     asked = checked_names(measures if held_out is None else (*measures, "gap"))
     tell = on_progress or (lambda share, doing: None)
-    batches = checked_passes(data, next(iter(sets.values()))[0])
+    batches = checked_passes(data, next(iter(sets.values()))[0], loss)
     _, used_seed = private_generator(generator, seed)
     # One seed for all: directions are shared, so differences are the networks' own.
     look = partial(
@@ -275,7 +275,7 @@ def _at_equal_loss(
 
 
 def _held_out(sets: Mapping[str, Sequence[nn.Module]], data: Any, loss: nn.Module) -> HeldOut:
-    batches = as_batches(data, next(iter(sets.values()))[0])
+    batches = as_batches(data, next(iter(sets.values()))[0], loss)
     found = {n: [outputs_of(m, batches) for m in networks] for n, networks in sets.items()}
     examples = sum(len(f) for f, _ in next(iter(found.values()))[0])
     return HeldOut(

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from droplens.batches import Batch, in_parts
+from droplens.batches import Batch, counted_parts
 from droplens.calling import predictions
 from droplens.estimates import Estimate, exact, mean_estimate
 from droplens.gates import masks_off
@@ -88,7 +88,7 @@ def cost_of(subject: Subject, draws: int, generator: torch.Generator) -> Cost:
     found = [
         _batch_cost(subject, part, draws, generator)
         for batch in subject.batches
-        for part in in_parts(batch, subject.sizes.rows(draws))
+        for part in counted_parts(batch, subject.sizes.rows(draws), subject.loss)
     ]
     summed = subject.loss.reduction == "sum"
     total = sum(batch.norm for batch in found)
@@ -198,4 +198,4 @@ def _average(weights: Sequence[float], values: Sequence[float | None]) -> float 
 
 
 def _sum(weights: Sequence[float], values: Sequence[float]) -> float:
-    return sum(w * v for w, v in zip(weights, values, strict=True))
+    return sum(w * v for w, v in zip(weights, values, strict=True) if w)

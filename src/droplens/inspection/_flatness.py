@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from droplens.batches import Batches
+from droplens.batches import Batches, everything
 from droplens.calling import predictions
 from droplens.gates import masks_off
 from droplens.inspection._sizes import targets_of
@@ -32,20 +32,28 @@ class Scaled(nn.Module):
 
 
 def scaled_loss(outputs: Sequence[tuple[Tensor, Tensor]], loss: nn.Module, scale: float) -> float:
-    """The loss of τ·f over batches of (outputs, targets), averaged as its reduction does."""
+    """The loss of τ·f over batches of (outputs, targets), averaged as its reduction does.
+
+    Raises:
+        ValueError: if it weighs every target by zero.
+    """
     family = family_of(loss)
-    values = [float(loss(scale * f, y)) for f, y in outputs]
-    if loss.reduction == "sum":
-        return sum(values)
-    norms = [family.normalizer(f, y) for f, y in outputs]
-    return sum(n * v for n, v in zip(norms, values, strict=True)) / sum(norms)
+    summed = loss.reduction == "sum"
+    norms = [1.0 if summed else family.normalizer(f, y) for f, y in outputs]
+    if not any(norms):
+        raise ValueError("the loss weighs every one of the targets by zero")
+    # Where all targets weigh nothing, torch's mean is 0/0.
+    found = sum(
+        n * float(loss(scale * f, y)) for n, (f, y) in zip(norms, outputs, strict=True) if n
+    )
+    return found if summed else found / sum(norms)
 
 
 def outputs_of(model: nn.Module, batches: Batches) -> list[tuple[Tensor, Tensor]]:
     """Undropped outputs and targets of every batch; outputs are small, inputs are not held."""
     found = []
     with torch.no_grad(), masks_off(model):
-        for inputs, targets in batches:
+        for inputs, targets in everything(batches):
             found.append((predictions(model, inputs), targets_of(targets)))
     return found
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 from torch import Tensor, nn
 
-from droplens.batches import as_batches, checked_passes, predicts_next_token
+from droplens.batches import as_batches, checked_passes, everything, predicts_next_token
 from droplens.discovery import KEPT_IN_EVAL, Site
 from droplens.discovery import sites as find_sites
 from droplens.inspection._cost import Cost, cost_of
@@ -147,8 +147,8 @@ def inspect(  # noqa: PLR0913  # the last seven are keywords with defaults
     asked = checked_names(measures if held_out is None else (*measures, "gap"))
     tell = on_progress or (lambda share, doing: None)
     family = family_of(loss)
-    batches = checked_passes(data, model)
-    apart = None if held_out is None else as_batches(held_out, model)
+    batches = checked_passes(data, model, loss)
+    apart = None if held_out is None else as_batches(held_out, model, loss)
     first = next(iter(batches))
     targets_of(first.targets)
     source, used_seed = private_generator(generator, seed)
@@ -219,7 +219,7 @@ def _weighed(
     subject: Subject, not_measured: dict[str, str]
 ) -> tuple[dict[str, Equalization], dict[str, str]]:
     """By site: how equal its units are, and the layer that reads them."""
-    behind, missing = readers(subject.model, subject.batches)
+    behind, missing = readers(subject.model, everything(subject.batches))
     not_measured |= _unweighed(missing)
     equal = {
         name: equalization(reader.outgoing, reader.rms[None], rows="examples")

@@ -6,7 +6,7 @@ from typing import Final
 
 from torch import Tensor
 
-from droplens.batches import Batch, as_batches, in_parts, n_examples
+from droplens.batches import Batch, as_batches, counted_parts, n_examples
 from droplens.dynamics import (
     Alignment,
     FrozenMaskOrder,
@@ -51,7 +51,7 @@ _MODIFIED_DRAWS: Final = 50
 
 
 def _first(on: Subject, most: int = _MOST_EXAMPLES) -> tuple[Batch, Tensor]:
-    batch = next(in_parts(next(iter(on.batches)), most))
+    batch = next(counted_parts(next(iter(on.batches)), most, on.loss))
     return batch, targets_of(batch.targets)
 
 
@@ -60,7 +60,7 @@ def some(on: Subject) -> list[Batch]:
     found: list[Batch] = []
     left = _MOST_EXAMPLES
     for batch in on.batches:
-        found.append(next(in_parts(batch, left)))
+        found.append(next(counted_parts(batch, left, on.loss)))
         left -= n_examples(found[-1].inputs)
         if left <= 0:
             break
@@ -89,7 +89,7 @@ def _gap(on: Subject) -> GapExplained:
 
 
 def _modified(on: Subject) -> ModifiedLoss:
-    batches = as_batches(some(on))
+    batches = as_batches(some(on), loss=on.loss)
     return modified_loss(on.model, batches, None, on.loss, _STEP, _MODIFIED_DRAWS, seed=on.seed)
 
 

@@ -69,7 +69,9 @@ def wandering(on: Subject) -> Wandering:
             "trainable numbers); droplens.measure.variance_flatness takes those of your training"
         )
     states = _without_drift(_trained(on, data, loss))
-    found = variance_flatness(on.model, states, as_batches(data), on.loss, _COMPONENTS)
+    found = variance_flatness(
+        on.model, states, as_batches(data, loss=on.loss), on.loss, _COMPONENTS
+    )
     return Wandering(found, _CHECKPOINTS * _STEPS, _STEP_SIZE, _EXAMPLES, examples)
 
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from droplens.labels import NO_LABEL, holds_label
 from droplens.losses._family import Family, check_finite_targets, need_targets, random_signs
 from droplens.quadrature import covariance_factor, normal_points, reached, softplus_excess
 
@@ -161,7 +162,8 @@ class Categorical(Family):
             ValueError: if class weights or an ignore_index are set and `targets` is not given.
         """
         terms, total = self._terms(outputs, targets)
-        return terms / total if self.reduction == "mean" else terms
+        # Targets that all weigh nothing have no mean; what they weigh in a larger one is this.
+        return terms / total if self.reduction == "mean" and total else terms
 
     def normalizer(self, outputs: Tensor, targets: Tensor | None) -> float:
         """The summed weights of the labels for a mean, 1 for a sum."""
@@ -186,9 +188,9 @@ class Categorical(Family):
         expected = (outputs.shape[0], *outputs.shape[2:])
         if shape != expected:
             raise ValueError(f"targets has to have shape {expected}, but got {shape}")
+        if not holds_label(targets, self.ignore_index):
+            raise ValueError(NO_LABEL)
         used = targets[targets != self.ignore_index]
-        if used.numel() == 0:
-            raise ValueError("targets holds no label but ignore_index, so there is no loss")
         low, high = int(used.min()), int(used.max())
         if low < 0 or high >= classes:
             bad = low if low < 0 else high

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from droplens.labels import IGNORED
 from droplens.losses._family import Family
 from droplens.quadrature import covariance_factor, normal_points
 
@@ -186,9 +187,12 @@ class _Given(Family):
             )
         low, high = int(targets.min()), int(targets.max())
         if low < 0 or high >= outputs.shape[1]:
+            marked = (
+                f" ({IGNORED} marks a position without a label; this loss counts every position)"
+            )
             raise ValueError(
                 f"targets holds the label {low if low < 0 else high}, but the outputs have "
-                f"{outputs.shape[1]} classes"
+                f"{outputs.shape[1]} classes{marked if low == IGNORED else ''}"
             )
 
     def weights(self, outputs: Tensor, targets: Tensor | None) -> Tensor:

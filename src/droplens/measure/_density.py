@@ -144,7 +144,7 @@ def spectral_density(  # noqa: PLR0913  # all but three have defaults
     check_counts(probes, steps)
     source, used_seed = private_generator(generator, seed)
     masking = Masking(masks, draws, used_seed)
-    data = checked_passes(batches, model, in_order=masks != "off")
+    data = checked_passes(batches, model, loss, in_order=masks != "off")
     with torch.enable_grad(), masking.applied(model) as applied:
         M = matrix_of(matrix, model, data, loss, applied)
         found = quadrature(M, probes, steps, source)

@@ -99,7 +99,7 @@ def fisher(  # noqa: PLR0913  # the last four are keywords with defaults
     if draws < 1:
         raise ValueError(f"draws has to be at least 1, but got {draws}")
     parameters = trainable(model)
-    batches = as_batches(inputs if targets is None else (inputs, targets), model)
+    batches = as_batches(inputs if targets is None else (inputs, targets), model, loss)
     family_of, loss_of = family(loss), Loss(loss)
     device = next(iter(parameters.values())).device
     source, used_seed = private_generator(generator, seed, device)

@@ -101,7 +101,7 @@ def fisher_spectrum(  # noqa: PLR0913  # all but three have defaults
     check_counts(probes, steps)
     source, used_seed = private_generator(generator, seed)
     masking = Masking(masks, draws, used_seed)
-    data = checked_passes(inputs, model, in_order=masks != "off")
+    data = checked_passes(inputs, model, loss, in_order=masks != "off")
     with torch.enable_grad(), masking.applied(model) as applied:
         F = matrix_of("fisher", model, data, loss, applied)
         if top > F.size:

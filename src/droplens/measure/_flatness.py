@@ -97,7 +97,7 @@ def flatness(  # noqa: PLR0913  # the last four are keywords with defaults
             or radius, `filters` or `masks` is none of its values, or a site's masks have no law.
     """
     loss_of = Loss(loss)
-    data = as_batches(batches, model)
+    data = as_batches(batches, model, loss)
     source, used_seed = private_generator(generator, seed)
     masking = Masking(masks, draws, used_seed)
     steps, drawn = _directions(model, directions, filters, source)

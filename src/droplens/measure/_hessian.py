@@ -103,7 +103,7 @@ def hessian(  # noqa: PLR0913  # the last four are keywords with defaults
         raise ValueError(f"probes has to be at least 2, but got {probes}")
     source, used_seed = private_generator(generator, seed)
     masking = Masking(masks, draws, used_seed)
-    data = checked_passes(batches, model, in_order=masks != "off")
+    data = checked_passes(batches, model, loss, in_order=masks != "off")
     with torch.enable_grad(), masking.applied(model) as applied:
         H = LossHessian(model, data, Loss(loss), applied)
         if top > H.size:

@@ -81,7 +81,7 @@ def interpolation(  # noqa: PLR0913  # the last three are keywords with defaults
             or `masks` or `draws` is out of range.
     """
     alphas = _checked_points(points)
-    loss_of, data = Loss(loss), as_batches(batches, model_a)
+    loss_of, data = Loss(loss), as_batches(batches, model_a, loss)
     _, used_seed = private_generator(generator, seed)
     masking = Masking(masks, draws, used_seed)
     start, end = _states(model_a, model_b)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from droplens.batches import Batch, Batches, in_parts, is_one_batch
 from droplens.calling import check_outputs, predictions
+from droplens.labels import NO_LABEL
 from droplens.losses import Family
 from droplens.measure._checks import trainable
 from droplens.measure._directions import Direction
@@ -151,7 +152,7 @@ class WeightMatrix(ABC):
                 yield draw, mass, product
                 del product
         if not found:
-            raise ValueError("targets holds no label but ignore_index, so there is no loss")
+            raise ValueError(NO_LABEL)
 
     def _parts(self) -> Iterator[Batch]:
         """The data in parts; in batches, where the loss is not known to be a sum over examples.

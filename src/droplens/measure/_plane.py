@@ -92,7 +92,7 @@ def plane(  # noqa: PLR0913  # the last four are keywords with defaults
         ValueError: if data or weights are bad, no parameter is trainable, there are other than two
             directions or they are parallel, or `points`, `filters` or `masks` is out of range.
     """
-    loss_of, data = Loss(loss), as_batches(batches, model)
+    loss_of, data = Loss(loss), as_batches(batches, model, loss)
     source, used_seed = private_generator(generator, seed)
     masking = Masking(masks, draws, used_seed)
     first, second = _pair(model, directions, filters, source)

@@ -10,6 +10,7 @@ from torch.func import functional_call
 
 from droplens.batches import Batch, Batches, n_examples
 from droplens.calling import check_outputs, predictions
+from droplens.labels import holds_label, ignored_label
 from droplens.losses import Family, family
 from droplens.measure._masks import Masking
 
@@ -72,10 +73,7 @@ class Loss:
 
     def counts(self, targets: Tensor | None) -> bool:
         """Whether a part of a batch holds any label that is not ignored."""
-        ignored = getattr(self._loss, "ignore_index", None)
-        if targets is None or ignored is None or targets.is_floating_point():
-            return True
-        return bool((targets != ignored).any())
+        return holds_label(targets, ignored_label(self._loss))
 
     def whole(self, mass: float) -> float:
         """What the sum of mass-weighted values is divided by."""

@@ -95,7 +95,7 @@ def sharpness(  # noqa: PLR0913  # all but three have defaults
     levels = _checked("absolute", absolute), _checked("relative", relative)
     if isinstance(directions, bool) or not isinstance(directions, int) or directions < 2:
         raise ValueError(f"directions has to be at least 2, but got {directions!r}")
-    loss_of, data = Loss(loss), as_batches(batches, model)
+    loss_of, data = Loss(loss), as_batches(batches, model, loss)
     source, used_seed = private_generator(generator, seed)
     masking = Masking(masks, draws, used_seed)
     start = {name: p.detach() for name, p in trainable(model).items()}

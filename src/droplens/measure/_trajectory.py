@@ -106,7 +106,7 @@ def variance_flatness(  # noqa: PLR0913  # all but four have defaults
     variance, directions = principal_directions(trajectory, components)
     _, used_seed = private_generator(generator, seed)
     masking = Masking(masks, draws, used_seed)
-    data = checked_passes(batches, model, in_order=masks != "off")
+    data = checked_passes(batches, model, loss, in_order=masks != "off")
     still = {name: torch.zeros_like(p) for name, p in start.items()}
     steps = [still | dict(direction) for direction in directions]
     search = _Search(model, start, data, Loss(loss), masking, factor)

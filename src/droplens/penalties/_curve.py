@@ -117,7 +117,7 @@ def penalty_curve(
     for p in checked:
         relative_variance(p)  # refuses p = 1
     family = family_of(loss)
-    batches = streamed(inputs, targets, model)
+    batches = streamed(inputs, targets, model, loss)
     if batches is None:
         return _curve_of(model, inputs, family, checked, targets, sites)
     return _pooled([_curve_of(model, x, family, checked, y, sites) for x, y in batches])

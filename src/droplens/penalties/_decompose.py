@@ -132,7 +132,7 @@ def decompose(
     if draws < 2:
         raise ValueError(f"draws has to be at least 2, but got {draws}")
     family = family_of(loss)
-    batches = streamed(inputs, targets, model)
+    batches = streamed(inputs, targets, model, loss)
     if batches is None:
         check_inputs(inputs)
     source, used_seed = private_generator(generator, seed, device_of(model, inputs))

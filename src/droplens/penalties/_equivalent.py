@@ -189,7 +189,7 @@ class _WithLaw:
 
     def __call__(self, rates: Sequence[float]) -> list[float]:
         """The cost at every rate, summed over batches as the loss sums them."""
-        batches = streamed(self.inputs, self.targets, self.model)
+        batches = streamed(self.inputs, self.targets, self.model, self.family)
         pairs = [(self.inputs, self.targets)] if batches is None else batches
         found = [self._batch(x, y, tuple(check_rate(p) for p in rates)) for x, y in pairs]
         weights = shares([divisor for _, divisor in found])

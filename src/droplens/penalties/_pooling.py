@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-def streamed(inputs: Any, targets: Tensor | None, model: nn.Module) -> Batches | None:
+def streamed(
+    inputs: Any, targets: Tensor | None, model: nn.Module, loss: object = None
+) -> Batches | None:
     """Batches to stream, where `inputs` is a loader or a data set rather than a model's inputs.
 
     Raises:
@@ -28,7 +30,7 @@ def streamed(inputs: Any, targets: Tensor | None, model: nn.Module) -> Batches |
         raise ValueError(
             "targets has to be None where inputs is a loader or a data set: its batches bring them"
         )
-    return as_batches(inputs, model)
+    return as_batches(inputs, model, loss)
 
 
 def shares(divisors: Sequence[float | None]) -> list[float]:
@@ -38,15 +40,17 @@ def shares(divisors: Sequence[float | None]) -> list[float]:
 
 
 def weighted(weights: Sequence[float], values: Iterable[Any]) -> Any:
-    """Σ w v, of numbers or tensors."""
-    return sum(w * v for w, v in zip(weights, values, strict=True))
+    """Σ w v, of numbers or tensors; a part of no weight has no value, its mean is 0/0."""
+    return sum(w * v for w, v in zip(weights, values, strict=True) if w)
 
 
 def by_name(weights: Sequence[float], values: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Σ w v under every name; a part that does not have it adds nothing."""
     names = dict.fromkeys(name for part in values for name in part)
     return {
-        name: sum(w * part[name] for w, part in zip(weights, values, strict=True) if name in part)
+        name: sum(
+            w * part[name] for w, part in zip(weights, values, strict=True) if w and name in part
+        )
         for name in names
     }
 
@@ -61,7 +65,7 @@ def merged(reasons: Iterable[Mapping[str, str]]) -> dict[str, str]:
 
 def pooled(weights: Sequence[float], values: Sequence[Estimate]) -> Estimate:
     """Σ w v of independent estimates."""
-    error = sum((w * v.standard_error) ** 2 for w, v in zip(weights, values, strict=True)) ** 0.5
+    error = weighted([w**2 for w in weights], [v.standard_error**2 for v in values]) ** 0.5
     value = weighted(weights, [v.value for v in values])
     return Estimate(value, error, values[0].n, values[0].over)
 

@@ -9,7 +9,7 @@ from typing import Any, Final, final
 import torch
 from torch import nn
 
-from droplens.batches import Batch, as_batches, n_examples, rows_of
+from droplens.batches import Batch, as_batches, counted_parts
 from droplens.discovery import guarded
 from droplens.estimates import Estimate
 from droplens.randomness import private_generator
@@ -101,7 +101,7 @@ class Recorder:
             raise ValueError(f"every has to be a whole number of at least 1, but got {every!r}")
         self._model = _inner(model)
         self._metrics = _chosen(metrics, loss)
-        self._batch = _first(sample, self._model)
+        self._batch = _first(sample, self._model, loss)
         self._loss, self._every = loss, every
         self._budget = Budget(budget)
         self._writer, self._owns_writer = _writer(writer)
@@ -238,15 +238,10 @@ def _chosen(metrics: Sequence[str] | Mapping[str, Metric], loss: Any) -> dict[st
     return {name: METRICS[name] for name in metrics}
 
 
-def _first(sample: Any, model: nn.Module) -> Batch:
+def _first(sample: Any, model: nn.Module, loss: object) -> Batch:
     """The first examples of the first batch, held."""
-    batch = next(iter(as_batches(sample, model)))
-    n = n_examples(batch.inputs)
-    if n <= _EXAMPLES:
-        return batch
-    rows = slice(0, _EXAMPLES)
-    targets = None if batch.targets is None else batch.targets[rows]
-    return Batch(rows_of(batch.inputs, rows), targets)
+    batch = next(iter(as_batches(sample, model, loss)))
+    return next(counted_parts(batch, _EXAMPLES, loss))
 
 
 def _writer(given: Any) -> tuple[Any, bool]:

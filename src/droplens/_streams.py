@@ -1,0 +1,49 @@
+"""The random streams that data loading may draw from, lent to it and taken back."""
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def generators_of(loader: Any) -> list[torch.Generator]:
+    """Those that a loader and its samplers own."""
+    owners = (loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None))
+    found = {id(g): g for owner in owners if (g := getattr(owner, "generator", None)) is not None}
+    return [generator for generator in found.values() if isinstance(generator, torch.Generator)]
+
+
+class Streams:
+    """A state of the global random streams that data loading may draw from."""
+
+    def __init__(self) -> None:
+        self._torch = torch.get_rng_state()
+        self._numpy = np.random.get_state()
+        self._python = random.getstate()
+
+    def install(self) -> None:
+        torch.set_rng_state(self._torch)
+        np.random.set_state(self._numpy)
+        random.setstate(self._python)
+
+    def lent(self) -> "_Lent":
+        return _Lent(self)
+
+    def advanced(self) -> "Streams":
+        """Where the streams are now."""
+        return Streams()
+
+
+class _Lent:
+    """While open, the global streams are in the given state; afterwards as before."""
+
+    def __init__(self, state: Streams) -> None:
+        self._state = state
+
+    def __enter__(self) -> None:
+        self._before = Streams()
+        self._state.install()
+
+    def __exit__(self, *_: object) -> None:
+        self._before.install()
