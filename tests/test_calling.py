@@ -123,8 +123,6 @@ REFUSED = {
     "labels": (Returns(lambda f: f.argmax(-1)), x, ValueError, "dtype torch.int64; floats"),
     "double inputs": (Returns(lambda f: f), x.double(), ValueError,
         "inputs are torch.float64 but the model's weights torch.float32; convert the inputs"),
-    "other device": (Returns(lambda f: f).to("meta"), x, ValueError,
-        "inputs are on device 'cpu' but the model's weights on 'meta'; move one"),
     "meta inputs": (Returns(lambda f: f), x.to("meta"), ValueError, "inputs is on the meta device"),
     "half": (half(torch.float16), x.half(), ValueError,
         r"weights are torch.float16, too coarse .*copy.deepcopy\(model\).float\(\)"),
@@ -159,3 +157,40 @@ def test_the_copy_that_the_error_names_is_measured():
 
 def test_finite_inputs_pass():
     check_inputs({"tokens": tokens, "scale": 2.0})
+
+
+def test_inputs_on_another_device_than_the_weights():
+    with pytest.raises(ValueError, match=r"inputs are on device 'meta' but .* on 'cpu'; move one"):
+        predictions(Returns(lambda f: f), x.to("meta"))
+
+
+MEASURES = {
+    "inspect": lambda m, x, y: dl.inspect(m, (x, y), loss, draws=4, directions=1),
+    "sites": lambda m, x, y: dl.sites(m, x),
+    "predict": lambda m, x, y: dl.predict(m, x, draws=3),
+    "decompose": lambda m, x, y: dl.decompose(m, x, y, loss, 4),
+    "penalty": lambda m, x, y: dl.penalty(m, x, loss),
+    "sampled": lambda m, x, y: dl.penalty(m, x, loss, "sampled"),
+    "masks": lambda m, x, y: dl.penalty(m, x, loss, "masks"),
+    "curve": lambda m, x, y: dl.penalty_curve(m, x, loss, [0.1]),
+    "modified": lambda m, x, y: dl.modified_loss(m, x, y, loss, 0.1, 4),
+    "noise": lambda m, x, y: dl.gradient_noise(m, x, y, loss, 4),
+    "gap": lambda m, x, y: dl.explain_gap(m, (x, y), (x, y), loss, 4),
+    "replaced": lambda m, x, y: dl.replace_dropout(m, loss)(x, y),
+    "hessian": lambda m, x, y: dl.measure.hessian(m, (x, y), loss),
+    "hessian, masks": lambda m, x, y: dl.measure.hessian(m, (x, y), loss, masks="fixed"),
+    "fisher": lambda m, x, y: dl.measure.fisher(m, x, loss),
+    "flatness": lambda m, x, y: dl.measure.flatness(m, (x, y), loss),
+    "sharpness": lambda m, x, y: dl.measure.sharpness(m, (x, y), loss),
+    "curvature": lambda m, x, y: dl.measure.curvature(m, x, loss, "e", 1),
+}
+
+
+class TestWeightsOnTheMetaDevice:
+    """They hold no numbers: one text, before a generator or a size is made."""
+
+    @pytest.mark.parametrize("measure", MEASURES.values(), ids=MEASURES.keys())
+    def test_are_refused_by_name(self, measure):
+        net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Dropout(0.2), nn.Linear(6, 3))
+        with pytest.raises(ValueError, match=r"weight '0.weight' is on the meta device.*to_empty"):
+            measure(net.to("meta"), torch.randn(8, 4), torch.arange(8) % 3)

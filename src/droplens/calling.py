@@ -93,9 +93,14 @@ def _too_coarse(what: str, dtype: torch.dtype) -> str:
 
 
 def _misfit(model: nn.Module, inputs: Any, error: Exception) -> str | None:
-    """What separates inputs from weights, if that is what torch complains of."""
+    """What separates inputs from weights, if that is what torch complains of.
+
+    Raises:
+        ValueError: if the weights hold no numbers.
+    """
     if not isinstance(error, RuntimeError) or not re.search("type|device", str(error)):
         return None
+    check_weights(model)
     weight = next((p for p in model.parameters() if p.is_floating_point()), None)
     if weight is None:
         return None
@@ -127,9 +132,29 @@ def tensors_in(inputs: Any) -> list[Tensor]:
 
 
 def device_of(model: nn.Module, inputs: Any) -> torch.device:
-    """Where the model computes: the device of its weights, else of its inputs, else the CPU."""
+    """Where the model computes: the device of its weights, else of its inputs, else the CPU.
+
+    Raises:
+        ValueError: if the weights hold no numbers.
+    """
+    check_weights(model)
     known = [*model.parameters(), *model.buffers(), *tensors_in(inputs)]
     return known[0].device if known else torch.device("cpu")
+
+
+def check_weights(model: nn.Module) -> None:
+    """Refuse weights on the meta device, before anything is made to go with them.
+
+    Raises:
+        ValueError: if there are any.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise ValueError(
+                f"the model's weight {name!r} is on the meta device, which holds no numbers; build "
+                "the model on a real one, or give it memory and weights (model.to_empty, then "
+                "load_state_dict)"
+            )
 
 
 def check_inputs(inputs: Any) -> None:

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 
 from torch import Tensor, nn
 
+from droplens.calling import check_weights
+
 
 def finite_matrix(name: str, matrix: Tensor) -> Tensor:
     """Return `matrix`, detached, refusing what is no matrix of finite numbers.
@@ -34,7 +36,7 @@ def trainable(model: nn.Module) -> Mapping[str, nn.Parameter]:
 
     Raises:
         TypeError: if `model` is not a torch module.
-        ValueError: if there is none, or one holds NaN or Inf.
+        ValueError: if there is none, or one holds no numbers, NaN or Inf.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model has to be a torch module, but got {type(model).__name__}")
@@ -44,6 +46,7 @@ def trainable(model: nn.Module) -> Mapping[str, nn.Parameter]:
             "model has no parameters that require gradients; there is nothing to measure along "
             "(set requires_grad on those you mean)"
         )
+    check_weights(model)
     for name, parameter in model.named_parameters():
         if not bool(parameter.detach().isfinite().all()):
             raise ValueError(f"the model's weight {name!r} holds NaN or Inf; the network is broken")

@@ -7,6 +7,7 @@ from typing import Literal, get_args
 
 from torch import nn
 
+from droplens.calling import check_weights
 from droplens.gates import HeldMasks, masks_held, masks_off
 
 Masks = Literal["off", "fixed", "expected"]
@@ -54,6 +55,7 @@ class Masking:
         Yields:
             What chooses among the draws.
         """
+        check_weights(model)
         if self.mode == "off":
             with masks_off(model):
                 yield Applied(1, None)
