@@ -241,6 +241,16 @@ def test_measures_on_request_join_the_result_the_page_and_the_twin(tmp_path):
     assert plain.not_measured["hessian"].startswith("not asked for; measures=('hessian',) gives")
 
 
+def test_a_trace_that_is_known_badly_says_so_on_the_page(tmp_path):
+    found = quick(network(), data())
+    notes = found.hessian.notes
+    assert any("in place of 16 would make that 5%" in note for note in notes)
+    page = html.unescape(found.to_html(tmp_path / "page.html").read_text("utf-8"))
+    twin = json.loads((tmp_path / "page.json").read_text("utf-8"))
+    assert twin["numbers"]["hessian"]["notes"] == list(notes)
+    assert all(note in page for note in notes)
+
+
 def test_sets_are_compared_on_request_too():
     sets = {"a": network(), "b": network(seed=1)}
     found = dl.compare(

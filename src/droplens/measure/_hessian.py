@@ -46,6 +46,7 @@ class Hessian:
             loss averaged over masks.
         draws: of masks; 0 for "off".
         seed: repeats probes and masks.
+        notes: which of the traces is known to worse than 5%, and what would mend it.
     """
 
     trace: Estimate
@@ -57,6 +58,7 @@ class Hessian:
     masks: Masks
     draws: int
     seed: int
+    notes: tuple[str, ...] = ()
 
 
 def hessian(  # noqa: PLR0913  # the last four are keywords with defaults
@@ -84,8 +86,10 @@ def hessian(  # noqa: PLR0913  # the last four are keywords with defaults
         top: how many eigenvalues.
         masks: `"off"` takes dropout for the identity; `"fixed"` holds one draw of masks;
             `"expected"` takes the mean of the loss over `draws` masks.
-        probes: random vectors for the trace; by default as many as bring its standard error under
-            5%, from 16 to 400.
+        probes: random vectors for the traces; by default as many as bring their standard errors
+            under 5%, from 16 to 400. Where that takes as many as there are weights, one unit
+            vector a weight takes their place, and nothing but masks is sampled; where 400 are too
+            few, `notes` say so.
         draws: of masks, for `"expected"`; at least 2. A product costs as many gradients and more.
         seed: repeats probes and masks.
         generator: where the seed is drawn from instead.
@@ -129,7 +133,28 @@ def hessian(  # noqa: PLR0913  # the last four are keywords with defaults
         masks,
         0 if masks == "off" else applied.count,
         used_seed,
+        _notes(traces),
     )
+
+
+def _notes(traces: "Traces") -> tuple[str, ...]:
+    """What to raise, where a trace is known to worse than 5%."""
+    notes = []
+    for what, found in zip(("trace", "relative trace"), traces.estimates(), strict=True):
+        if not found.standard_error > _WANTED * abs(found.value):
+            continue
+        share = found.standard_error / abs(found.value) if found.value else math.inf
+        size = f"{100 * share:.2g}% of it" if share < 1 else "no less than its value"
+        mend = []
+        if "probes" in found.over:
+            enough = math.ceil(min(traces.size, traces.probes * (share / _WANTED) ** 2))
+            mend.append(f"probes={enough} in place of {traces.probes}")
+        if "masks" in found.over:
+            mend.append("more draws of masks")
+        notes.append(
+            f"the {what} has a standard error of {size}; {' and '.join(mend)} would make that 5%"
+        )
+    return tuple(notes)
 
 
 def _dense(H: WeightMatrix, top: int) -> tuple[Vector, "Traces"]:
@@ -163,6 +188,7 @@ class Traces:
         # (draws, 1, 2): what is known of both traces.
         self._base = torch.tensor(known, dtype=torch.float64).reshape(count, 1, 2)
         self._table = self._base
+        self.size, self.probes = H.size, 0  # probes drawn at random
 
     def _known(self, HQ: Vector) -> tuple[float, float]:
         Q = self._Q
@@ -172,15 +198,40 @@ class Traces:
         return float(np.trace(inner)), float(self._squares @ diagonal)
 
     def probe(self, probes: int | None, source: torch.Generator) -> None:
-        """Add as many probes as asked for, or as bring the trace's error under 5%."""
+        """Add as many probes as asked for, or as bring the traces' errors under 5%.
+
+        Where a basis takes no more products than they would, it gives the traces themselves.
+        """
+        if probes is not None and probes >= self._H.size:
+            self._table = self._summed()
+            return
         parts = [self._probed(probes or _PILOT, source)]
         while probes is None:
             samples = torch.cat(parts, 1)
-            more = probes_needed(samples[..., 0].mean(0)) - samples.shape[1]
-            if more <= 0:
+            needed = max(probes_needed(column) for column in samples.mean(0).T)
+            if needed >= self._H.size:
+                self._table = self._summed()
+                return
+            if needed <= samples.shape[1]:
                 break
-            parts.append(self._probed(more, source))
+            parts.append(self._probed(needed - samples.shape[1], source))
         self._table = torch.cat(parts, 1)
+        self.probes = self._table.shape[1]
+
+    def _summed(self) -> Tensor:
+        """The diagonal by unit vectors, summed: (draws, 1, 2)."""
+        H = self._H
+        table = torch.zeros(H.masks.count, 1, 2, dtype=torch.float64)
+        size = columns_at_once(H.size, _PILOT)
+        for start in range(0, H.size, size):
+            rows = np.arange(start, min(start + size, H.size))
+            units = np.zeros((H.size, len(rows)), dtype=H.dtype)
+            units[rows, rows - start] = 1
+            for draw in range(H.masks.count):
+                own = H.products_of_draw(draw, units)[rows, rows - start]
+                table[draw, 0, 0] += float(own.sum(dtype=np.float64))
+                table[draw, 0, 1] += float(self._squares[rows] @ own)
+        return table
 
     def _probed(self, count: int, source: torch.Generator) -> Tensor:
         """(draws, count, 2)."""

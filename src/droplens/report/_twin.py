@@ -63,6 +63,7 @@ def inspection_numbers(inspection: Inspection) -> dict[str, Any]:
             "relative_trace": inspection.hessian.relative_trace,
             "top_eigenvalues": inspection.hessian.top_eigenvalues.tolist(),
             "residuals": inspection.hessian.residuals.tolist(),
+            "notes": list(inspection.hessian.notes),
         },
         "flatness": numbers_of(inspection.flatness),
         "expected_flatness": numbers_of(inspection.expected_flatness),

@@ -142,9 +142,20 @@ def hessian_section(
         f"Hessian of the loss, {masks}",
         "The relative trace Σ w²H weighs every weight by its square, so that it stays when weights "
         "are rescaled without changing the network. The traces of one network are estimates over "
-        "random probes; means over the networks of a set come with standard errors over them.",
+        "random probes; means over the networks of a set come with standard errors over them."
+        + _noted(sets),
     )
     return Section(title, _HESSIAN_TEXT, [table])
+
+
+def _noted(sets: Mapping[str, Sequence[Hessian]]) -> str:
+    """What single networks' estimates lack; a set's error is over its networks."""
+    notes = [
+        (f" Of {name!r}," if len(sets) > 1 else " Here") + f" {note}."
+        for name, found in sets.items()
+        for note in (found[0].notes if len(found) == 1 else ())
+    ]
+    return "".join(notes)
 
 
 def pooled(values: Sequence[Estimate]) -> Estimate:
