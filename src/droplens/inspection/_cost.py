@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 
@@ -10,13 +11,17 @@ from droplens.batches import Batch, counted_parts
 from droplens.calling import predictions
 from droplens.estimates import Estimate, exact, mean_estimate
 from droplens.gates import masks_off
+from droplens.inspection._attempt import attempt
 from droplens.inspection._sizes import MOST_PASSES, targets_of
 from droplens.inspection._subject import Subject
 from droplens.losses import family as family_of
 from droplens.penalties import Decomposition, Penalty, decompose, penalty, pooled_parts
+from droplens.penalties._penalty import Method
+from droplens.penalties._pooling import merged
 
 # Backward passes for a second-order value where the exact one takes too many.
 PROBES = 20
+GAUSSIAN = "Gaussian value of the spread"
 
 
 @dataclass(frozen=True)
@@ -37,16 +42,17 @@ class Cost:
     Args:
         base: the loss without dropout.
         gap: the mean loss under dropout minus `base`, by Monte Carlo over masks.
-        spread: the noise's part of the gap.
-        shift: the mean output's part of the gap.
+        spread: the noise's part of the gap; NaN where `refused` says why it is not known.
+        shift: the mean output's part of the gap; NaN likewise.
         gaussian: the spread without masks, for Gaussian output noise; None where not measured.
-        second_order: the spread without masks, to second order.
+        second_order: the spread without masks, to second order; None where not measured.
         by_site: each site alone.
         draws: masks drawn, for the network and for each site alone.
         seed: repeats the draws.
         unmeasured: sites that have no penalty, and why.
         participation: by site, how many equal coins would make the output noise.
         second_order_error: standard error over probes, where `second_order` was sampled; else 0.
+        refused: values that could not be measured beside the gap, and why.
     """
 
     base: Estimate
@@ -54,13 +60,14 @@ class Cost:
     spread: Estimate
     shift: Estimate
     gaussian: float | None
-    second_order: float
+    second_order: float | None
     by_site: Mapping[str, SiteCost]
     draws: int
     seed: int
     unmeasured: Mapping[str, str]
     participation: Mapping[str, float] = field(default_factory=dict)
     second_order_error: float = 0.0
+    refused: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def dropped_loss(self) -> float:
@@ -80,7 +87,8 @@ class _Batch:
     norm: float
     parts: Decomposition
     gaussian: Penalty | None
-    second_order: Penalty
+    second_order: Penalty | None
+    refused: Mapping[str, str]
 
 
 def cost_of(subject: Subject, draws: int, generator: torch.Generator) -> Cost:
@@ -105,20 +113,23 @@ def cost_of(subject: Subject, draws: int, generator: torch.Generator) -> Cost:
             _average(weights, [_at(batch.gaussian, name) for batch in found]),
             _average(weights, [_at(batch.second_order, name) for batch in found]),
         )
-    errors = [w * b.second_order.standard_error for w, b in zip(weights, found, strict=True)]
+    sampled = [b.second_order.standard_error if b.second_order else 0.0 for b in found]
     return Cost(
         exact(_sum(weights, [batch.parts.base.value for batch in found])),
         joint.gap,
         joint.spread,
         joint.shift,
-        _average(weights, [None if b.gaussian is None else float(b.gaussian) for b in found]),
-        _sum(weights, [float(batch.second_order) for batch in found]),
+        _average(weights, [_total(batch.gaussian) for batch in found]),
+        _average(weights, [_total(batch.second_order) for batch in found]),
         sites,
         draws,
         subject.seed,
-        {**first.parts.unmeasured, **first.second_order.unmeasured},
+        merged(
+            [first.parts.unmeasured, first.second_order.unmeasured if first.second_order else {}]
+        ),
         {} if first.gaussian is None else first.gaussian.participation,
-        math.hypot(*errors),
+        math.hypot(*(w * error for w, error in zip(weights, sampled, strict=True))),
+        merged(batch.refused for batch in found),
     )
 
 
@@ -153,7 +164,7 @@ def pooled_cost(costs: Sequence[Cost]) -> Cost:
         spread=mean([cost.spread for cost in costs]),
         shift=mean([cost.shift for cost in costs]),
         gaussian=average([cost.gaussian for cost in costs]),
-        second_order=sum(cost.second_order for cost in costs) / len(costs),
+        second_order=average([cost.second_order for cost in costs]),
         by_site=sites,
         participation={
             name: sum(cost.participation[name] for cost in costs) / len(costs)
@@ -161,6 +172,7 @@ def pooled_cost(costs: Sequence[Cost]) -> Cost:
             if all(name in cost.participation for cost in costs)
         },
         second_order_error=math.hypot(*(c.second_order_error for c in costs)) / len(costs),
+        refused=merged(cost.refused for cost in costs),
     )
 
 
@@ -169,20 +181,21 @@ def _batch_cost(subject: Subject, batch: Batch, draws: int, generator: torch.Gen
     inputs, targets = batch.inputs, targets_of(batch.targets)
     without_masks = subject.sizes.passes <= MOST_PASSES
     parts = decompose(model, inputs, targets, loss, draws, generator=generator)
+    refused = dict.fromkeys(["spread and shift"] if parts.notes else [], "; ".join(parts.notes))
+    method: Method = "second_order" if without_masks else "sampled"
+    ask = partial(penalty, model, inputs, loss, targets=targets)
     with torch.no_grad():
         with masks_off(model):
             norm = family_of(loss).normalizer(predictions(model, inputs), targets)
-        second_order = penalty(
-            model,
-            inputs,
-            loss,
-            "second_order" if without_masks else "sampled",
-            targets=targets,
-            draws=PROBES,
-            generator=generator,
-        )
-        gaussian = penalty(model, inputs, loss, targets=targets) if without_masks else None
-    return _Batch(norm, parts, gaussian, second_order)
+        probed = partial(ask, method, draws=PROBES, generator=generator)
+        # Masks were drawn, so what a penalty refuses need not stop the rest.
+        second_order = attempt(refused, "second-order value of the spread", probed)
+        gaussian = attempt(refused, GAUSSIAN, ask) if without_masks else None
+    return _Batch(norm, parts, gaussian, second_order, refused)
+
+
+def _total(value: Penalty | None) -> float | None:
+    return None if value is None else float(value)
 
 
 def _at(value: Penalty | None, name: str) -> float | None:

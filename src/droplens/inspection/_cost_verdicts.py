@@ -30,8 +30,9 @@ def cost_verdicts(cost: Cost, unit: str, who: str = "") -> list[Verdict]:
     verdicts = [cost_verdict(cost, unit, who)]
     if _is_zero(cost.gap):
         return verdicts
-    verdicts.append(split_verdict(cost, unit))
-    if cost.gaussian is not None:
+    if not math.isnan(cost.spread.value):
+        verdicts.append(split_verdict(cost, unit))
+    if cost.gaussian is not None and cost.second_order is not None:
         verdicts.append(approximation_verdict(cost))
     return verdicts
 
@@ -159,11 +160,11 @@ def approximation_verdict(cost: Cost) -> Verdict:
     Raises:
         ValueError: if the cost holds no such values.
     """
-    spread, gaussian = cost.spread, cost.gaussian
-    if gaussian is None:
-        raise ValueError("cost holds no Gaussian value to compare")
+    spread, gaussian, second = cost.spread, cost.gaussian, cost.second_order
+    if gaussian is None or second is None:
+        raise ValueError("cost holds no Gaussian value to compare, or none to second order")
     if spread.value <= 0:
-        return _incomparable(cost, gaussian)
+        return _incomparable(cost, gaussian, second)
     relative = spread.standard_error * gaussian / spread.value**2
     distance = replace(spread, value=abs(gaussian / spread.value - 1), standard_error=relative)
     beyond = _against(distance, GAUSSIAN_TOLERANCE)
@@ -171,7 +172,7 @@ def approximation_verdict(cost: Cost) -> Verdict:
     return Verdict(
         f"Against Monte Carlo with {cost.draws} masks the Gaussian value is "
         f"{_off(gaussian, spread)} and the second-order value "
-        f"{_off(cost.second_order, spread)}. {_why(cost, gaussian)}"
+        f"{_off(second, spread)}. {_why(cost, gaussian, second)}"
         f"{_left_out(cost)}",
         answers.get(beyond, "cannot conclude"),
         "relative distance of the Gaussian value from the Monte-Carlo spread, by its 95% interval",
@@ -187,12 +188,12 @@ def approximation_verdict(cost: Cost) -> Verdict:
 _STANDS = "Can the penalty stand for the masks?"
 
 
-def _incomparable(cost: Cost, gaussian: float) -> Verdict:
+def _incomparable(cost: Cost, gaussian: float, second: float) -> Verdict:
     """Masks too few to see a spread: its truth is never negative."""
     distance = replace(cost.spread, value=gaussian - cost.spread.value)
     return Verdict(
         f"With {cost.draws} masks the spread ({cost.spread}) cannot be told from zero, so the "
-        f"Gaussian value ({gaussian:.4g}) and the second-order value ({cost.second_order:.4g}) "
+        f"Gaussian value ({gaussian:.4g}) and the second-order value ({second:.4g}) "
         f"cannot be held against it.{_left_out(cost)}",
         "cannot conclude",
         "Gaussian value minus the Monte-Carlo spread, comparable where the spread is above zero",
@@ -218,7 +219,7 @@ def _off(value: float, spread: Estimate) -> str:
     return f"{percent(abs(ratio))} {'too low' if ratio < 0 else 'too high'}"
 
 
-def _why(cost: Cost, better: float) -> str:
+def _why(cost: Cost, better: float, second: float) -> str:
     """What the distances tell of their reason: the loss, the network, or the noise."""
     near = abs(better / cost.spread.value - 1) <= GAUSSIAN_TOLERANCE
     blind = [name for name, n in cost.participation.items() if n == 0 and _spreads(cost, name)]
@@ -228,17 +229,17 @@ def _why(cost: Cost, better: float) -> str:
             "passes the masks on but no gradient, and both values are made of gradients, so "
             "Monte Carlo is the number to use."
         )
-    agree = abs(cost.second_order - better) <= 0.02 * abs(better)
+    agree = abs(second - better) <= 0.02 * abs(better)
     if near:
         return (
             "They agree, so the noise is small against the curvature of the loss."
             if agree
-            else _bend(cost.second_order < better)
+            else _bend(second < better)
         )
     first = (
         "They agree, so it is not for the bend of the loss, which only one of them follows."
         if agree
-        else _bend(cost.second_order < better)
+        else _bend(second < better)
     )
     few = {name: n for name, n in cost.participation.items() if 0 < n < FEW_UNITS}
     name = min(few, key=few.__getitem__, default="")

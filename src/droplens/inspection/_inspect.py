@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from droplens.batches import as_batches, checked_passes, everything, predicts_next_token
 from droplens.discovery import KEPT_IN_EVAL, Site
 from droplens.discovery import sites as find_sites
-from droplens.inspection._cost import Cost, cost_of
+from droplens.inspection._cost import GAUSSIAN, Cost, cost_of
 from droplens.inspection._cost_verdicts import cost_verdicts, lawless_verdict
 from droplens.inspection._extras import checked_names, measured_on_request, offers
 from droplens.inspection._flatness import outputs_of, scaled_loss
@@ -20,7 +20,7 @@ from droplens.inspection._sizes import Sizes, sizes_of, targets_of
 from droplens.inspection._subject import Subject
 from droplens.inspection._training import gap_verdicts
 from droplens.inspection._verdicts import MOST_SITES, equalisation_verdicts
-from droplens.losses import HessianOnlyError, Squared
+from droplens.losses import Squared
 from droplens.losses import family as family_of
 from droplens.measure import (
     Condensation,
@@ -171,7 +171,7 @@ def inspect(  # noqa: PLR0913  # the last seven are keywords with defaults
     if asked:
         tell(0.75, "Measuring what was asked for")
     extras = measured_on_request(asked, subject, not_measured)
-    unit = "units of the loss" if isinstance(family, Squared) else "nats"
+    unit = "nats" if family.splits and not isinstance(family, Squared) else "units of the loss"
     outputs = outputs_of(model, batches)
     verdicts = lawless_verdict(found) if cost is None else cost_verdicts(cost, unit)
     verdicts += equalisation_verdicts(equal, layers)
@@ -208,7 +208,7 @@ def _priced(
     try:
         _check_priceable(sites)
         cost = cost_of(subject, draws, source)
-    except (HessianOnlyError, _UnpricedError) as error:
+    except _UnpricedError as error:
         not_measured["cost of dropout"] = str(error)
         return None
     not_measured |= _unpriced(cost, subject.sizes)
@@ -280,8 +280,9 @@ def _check_priceable(sites: Sequence[Site]) -> None:
 def _unpriced(cost: Cost, sizes: Sizes) -> dict[str, str]:
     """What of the cost was left out, and why."""
     reasons = {f"penalty at {name}": why for name, why in cost.unmeasured.items()}
-    if cost.gaussian is None:
-        reasons["Gaussian value of the spread"] = (
+    reasons |= cost.refused
+    if cost.gaussian is None and GAUSSIAN not in reasons:
+        reasons[GAUSSIAN] = (
             f"it takes {sizes.passes:,} backward passes over every batch, one for each of "
             f"{sizes.parameters:,} natural parameters in {sizes.terms:,} terms; "
             "droplens.penalty(model, inputs, loss) computes it all the same. The second-order "

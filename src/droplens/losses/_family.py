@@ -16,6 +16,7 @@ class Family(ABC):
     """What the library knows about a loss. f: (n, T, C); A(f): (n, T)."""
 
     quadratic = False  # A is a quadratic form: the second-order penalty is exact in the spread
+    splits = True  # A is known, so that what noise costs can be told from what its mean costs
     reduction: str  # "mean" or "sum"
 
     @abstractmethod

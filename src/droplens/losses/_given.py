@@ -106,7 +106,8 @@ def from_output_hessian(
 ) -> FamilyLoss:
     """A loss that is known by its Hessian in the outputs alone: for second-order values.
 
-    `penalty(method="second_order")` and `fisher` need no more; whatever needs A(f) raises
+    `penalty(method="second_order")` and `fisher` need no more. `decompose` and `inspect` give the
+    gap, by the loss itself, and leave open how it splits; whatever needs A(f) raises
     `HessianOnlyError`. Where the loss's own Hessian depends on the targets, give its
     generalised Gauss–Newton form, which does not.
 
@@ -270,6 +271,7 @@ class _LogPartition(_Given):
 class _HessianOnly(_Given):
     """A loss by its output Hessian."""
 
+    splits = False
     second: OfOutputs
 
     def hessian(self, f: Tensor) -> Tensor:

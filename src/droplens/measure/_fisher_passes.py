@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from droplens.batches import Batch, rows_of
-from droplens.calling import predictions
+from droplens.calling import ForwardError, predictions
 from droplens.losses import Family, random_signs
 from droplens.measure._layers import Use, Uses, example_gradients, pull_to_edges
 from droplens.measure._risk import Loss
@@ -173,10 +173,20 @@ class Pass:
         return found
 
     def _row(self, row: slice) -> Tensor:
-        """The example's natural parameters, or those of all: masks belong to whole batches."""
+        """The example's natural parameters, or those of all: masks belong to whole batches.
+
+        Raises:
+            ValueError: if the model takes no example alone.
+        """
         if not self.alone:
             return self.f
-        return self.family.natural(predictions(self.model, rows_of(self.batch.inputs, row)))
+        try:
+            return self.family.natural(predictions(self.model, rows_of(self.batch.inputs, row)))
+        except ForwardError as error:
+            raise ValueError(
+                f"the model takes a batch but not one example alone ({error}), so the squares of "
+                "its examples' gradients are not known"
+            ) from error
 
     def second_derivatives(
         self, labels: "Labels", source: torch.Generator

@@ -1,6 +1,7 @@
 """What dropout costs, by drawing masks: gap = spread + shift, with standard errors."""
 
 import copy
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
 
 # Outputs under masks that are kept for the jackknife; beyond, the same masks are drawn twice.
 _HELD_NUMBERS = 1 << 24
+UNSPLIT = (
+    "the loss is known by its output Hessian alone, without the A(f) that tells spread from shift; "
+    "droplens.losses.from_log_partition describes a loss by it"
+)
 
 
 @dataclass(frozen=True)
@@ -40,13 +45,15 @@ class Decomposition:
     Args:
         base: the loss without dropout (exact).
         gap: the mean loss under dropout minus `base`.
-        spread: E A(f_z) − A(E f_z), never negative in truth: noise around the mean output.
-        shift: the loss at the mean output minus `base`.
+        spread: E A(f_z) − A(E f_z), never negative in truth: noise around the mean output. NaN
+            where A is not known, as `notes` say.
+        shift: the loss at the mean output minus `base`; NaN likewise.
         by_site: the same with one site dropping alone.
         draws: masks drawn, for each of these rows.
         seed: repeats the draws.
         unmeasured: sites without a law, and why; they were off.
         divisor: what the loss's mean divides by; None for a sum.
+        notes: what a reader of the numbers should know.
     """
 
     base: Estimate
@@ -58,6 +65,7 @@ class Decomposition:
     seed: int
     unmeasured: Mapping[str, str] = field(default_factory=dict)
     divisor: float | None = None
+    notes: tuple[str, ...] = ()
 
     def all_reduce(self, group: "ProcessGroup | None" = None) -> "Decomposition":
         """The decomposition over the data of all processes, the same on each.
@@ -88,6 +96,7 @@ class Decomposition:
             self.seed,
             self.unmeasured,
             processes.divisor,
+            self.notes,
         )
 
 
@@ -108,6 +117,7 @@ def decompose(
     spread from K draws is biased by ½ tr(H Σ_f)/K; the jackknife removes that. The gap is
     unbiased as it is, and equals spread + shift to rounding. Only sums over the draws are held;
     where the outputs under all masks take much memory, the same masks are drawn a second time.
+    Of a loss that is known by its output Hessian alone only the gap can be told.
 
     Args:
         model: any torch module; its sites' train-mode laws count, whatever mode it is in.
@@ -161,6 +171,7 @@ def _pooled(found: Sequence[Decomposition]) -> Decomposition:
         first.seed,
         merged(part.unmeasured for part in found),
         sum(divisors) if divisors else None,
+        first.notes,
     )
 
 
@@ -230,6 +241,7 @@ class _Given:
             seed,
             {site.name: site.reason or "" for site in found if site.law is None},
             family.divisor(outputs, targets),
+            () if family.splits else (UNSPLIT,),
         )
 
 
@@ -256,6 +268,8 @@ class _Scorer:
         self, drawn: Callable[[Callable[[Tensor], None]], None], draws: int, source: torch.Generator
     ) -> Parts:
         """From outputs under masks: `drawn(look)` shows `look` those under K masks of `source`."""
+        if not self.family.splits:
+            return self._unsplit(drawn)
         start = source.get_state()
         hold = draws * self.outputs.numel() <= _HELD_NUMBERS
         held: list[Tensor] = []
@@ -286,6 +300,13 @@ class _Scorer:
             drawn(leave_out)
         losses, partitions = torch.tensor(found, dtype=torch.float64).unbind(1)
         return self._parts(losses, partitions, torch.tensor(without, dtype=torch.float64), centre)
+
+    def _unsplit(self, drawn: Callable[[Callable[[Tensor], None]], None]) -> Parts:
+        """The gap alone, which needs no A."""
+        losses: list[float] = []
+        drawn(lambda f: losses.append(self.loss_at(f)))
+        unknown = Estimate(math.nan, math.nan, len(losses))
+        return Parts(mean_estimate([loss - self.base for loss in losses]), unknown, unknown)
 
     def _parts(self, losses: Tensor, partitions: Tensor, left_out: Tensor, centre: Tensor) -> Parts:
         draws = len(losses)

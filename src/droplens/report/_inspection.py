@@ -1,5 +1,6 @@
 """An inspection or a comparison told as a report: verdicts, evidence, what was not measured."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -164,19 +165,20 @@ def _share(values: Sequence[float | None]) -> Estimate | float | None:
 
 
 def _cost_section(costs: Mapping[str, Cost], unit: str) -> Section:
-    three = {name: _evaluations(cost) for name, cost in costs.items()}
-    blocks: list[Any] = [
-        _cost_table(costs, unit),
-        _spread_table(costs, unit),
-        bars(
+    three = {name: own for name, cost in costs.items() if (own := _evaluations(cost))}
+    blocks: list[Any] = [_cost_table(costs, unit), _spread_table(costs, unit)]
+    if three:
+        chart = bars(
             three,
             title="Three evaluations of the spread",
             quantity=f"spread ({unit})",
             rows="set",
             caption="The further a bar from Monte Carlo, the less its approximation holds here.",
-        ),
-    ]
+        )
+        blocks.append(chart)
     for name, cost in costs.items():
+        if _known(cost.spread) is None:
+            continue
         sites = {site: (alone.spread, alone.shift) for site, alone in cost.by_site.items()}
         sites |= {"all together": (cost.spread, cost.shift)}
         blocks.append(
@@ -191,19 +193,31 @@ def _cost_section(costs: Mapping[str, Cost], unit: str) -> Section:
 
 
 def _evaluations(cost: Cost) -> dict[str, Estimate]:
-    known = {f"Monte Carlo, {cost.draws} masks": cost.spread}
-    if cost.gaussian is not None:
-        known["Gaussian"] = Estimate(cost.gaussian)
-    return {**known, "second order": _sampled(cost)}
+    found = {
+        f"Monte Carlo, {cost.draws} masks": _known(cost.spread),
+        "Gaussian": None if cost.gaussian is None else Estimate(cost.gaussian),
+        "second order": _sampled(cost),
+    }
+    return {name: value for name, value in found.items() if value is not None}
 
 
-def _sampled(cost: Cost) -> Estimate:
+def _known(part: Estimate) -> Estimate | None:
+    """None where it cannot be told."""
+    return None if math.isnan(part.value) else part
+
+
+def _sampled(cost: Cost) -> Estimate | None:
     """The second-order value, with the error of its probes where it was sampled."""
+    if cost.second_order is None:
+        return None
     return Estimate(cost.second_order, cost.second_order_error, PROBES, "probes")
 
 
 def _cost_table(costs: Mapping[str, Cost], unit: str) -> Table:
-    rows = [(label, part.gap, part.spread, part.shift) for label, part in _cost_rows(costs)]
+    rows = [
+        (label, part.gap, _known(part.spread), _known(part.shift))
+        for label, part in _cost_rows(costs)
+    ]
     columns = [
         Column("what drops"),
         Column("gap", unit),
@@ -223,7 +237,7 @@ def _spread_table(costs: Mapping[str, Cost], unit: str) -> Table:
     rows = [
         (
             label,
-            part.spread,
+            _known(part.spread),
             part.gaussian,
             _distance(part.gaussian, part.spread),
             _sampled(part) if isinstance(part, Cost) else part.second_order,
@@ -253,7 +267,7 @@ def _cost_rows(costs: Mapping[str, Cost]) -> list[tuple[str, Cost | SiteCost]]:
 
 def _distance(value: float | None, spread: Estimate) -> float | None:
     """Signed distance from the Monte-Carlo spread in whole and tenth percents."""
-    if value is None or spread.value <= 0:
+    if value is None or not spread.value > 0:
         return None
     return round(100 * (value / spread.value - 1), 1)
 
