@@ -215,8 +215,8 @@ def notes_on(network: Network, counts: Mapping[str, float]) -> tuple[str, ...]:
         f"no output moves with the units at {name!r} to first order, so they cost nothing here: "
         "the outputs do not depend on them, or by steps alone (round, sign); compare with "
         "droplens.decompose"
-        for name, count in counts.items()
-        if count == 0
+        for source in network.sources
+        if counts.get(name := source.name) == 0 and getattr(source.law, "p", None) != 0
     ]
     if counts and len(network.sources) >= MANY_SITES:
         notes.append(
