@@ -40,7 +40,8 @@ _LAWS: Final[Mapping[str, Law]] = {
     "a coin per unit (Dropout)": Bernoulli(0.5),
     "a normal factor per unit (GaussianDropout)": Gaussian(0.5),
     "a coin per channel (Dropout2d)": Channel(0.5),
-    "blocks of 3 (DropBlock)": Block(0.5, 3),
+    "blocks of 3 in a row (DropBlock1d)": Block(0.5, 3, dims=1),
+    "blocks of 3 x 3 (DropBlock2d)": Block(0.5, 3, dims=2),
     "a coin per example (DropPath)": Path(0.5),
     "a coin per weight (DropConnect)": Weight(0.5),
 }
