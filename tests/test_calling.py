@@ -194,3 +194,45 @@ class TestWeightsOnTheMetaDevice:
         net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Dropout(0.2), nn.Linear(6, 3))
         with pytest.raises(ValueError, match=r"weight '0.weight' is on the meta device.*to_empty"):
             measure(net.to("meta"), torch.randn(8, 4), torch.arange(8) % 3)
+# `sites` looks at no output, and curvature at the number of parameters first.
+PREDICTING = sorted(set(MEASURES) - {"sites", "curvature"})
+
+
+@pytest.mark.parametrize("name", PREDICTING)
+@pytest.mark.parametrize("wrap", [lambda f: f.sum(), lambda f: {"logits": f.sum()}])
+def test_a_single_number_is_no_prediction(name, wrap):
+    with pytest.raises(ValueError, match="output is a single number; it has to have one row"):
+        MEASURES[name](Returns(wrap), x, y)
+
+
+@pytest.mark.parametrize("name", sorted(set(MEASURES) - {"predict", "curvature"}))
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_scripts_and_traces_are_refused_by_name(name):
+    net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Dropout(0.2), nn.Linear(6, 3)).eval()
+    refused = (
+        r"was scripted or traced \(torch.jit\), so its dropout .*; pass the module that it was"
+    )
+    for whole in (torch.jit.script(net), torch.jit.trace(net, x)):
+        with pytest.raises(TypeError, match="^the model " + refused):
+            MEASURES[name](whole, x, y)
+        with pytest.raises(TypeError, match="^the model's '1' " + refused):
+            MEASURES[name](nn.Sequential(nn.Dropout(0.2), whole), x, y)
+
+
+def test_a_fixed_batch_size_is_told_from_the_forwards_own_faults():
+    class Fixed(Returns):
+        def forward(self, x: Tensor):
+            return super().forward(x.view(6, 4))
+
+    fixed = Fixed(lambda f: f)
+    assert predictions(fixed, x).shape == (6, 3)
+    said = (
+        r"invalid for input of size 16\. It was given 4 examples: droplens .* as in x\.shape\[0\]"
+    )
+    with pytest.raises(ForwardError, match=said):
+        predictions(fixed, x[:4])
+    recurrent = nn.RNN(4, 3, batch_first=True)
+    with pytest.raises(ForwardError, match=r"Expected hidden.* It was given 2 examples"):
+        predictions(recurrent, (x[:2, None], torch.zeros(1, 6, 3)))
+    with pytest.raises(ForwardError, match=r"cannot be multiplied \(6x3 and 4x3\)$"):
+        predictions(fixed.layer, x[:, :3])

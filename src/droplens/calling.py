@@ -38,7 +38,8 @@ def call(model: nn.Module, inputs: Any) -> Any:
         misfit = _misfit(model, inputs, error)
         if misfit is not None:
             raise ValueError(misfit) from error
-        raise ForwardError(f"the model's forward raised {type(error).__name__}: {error}") from error
+        said = f"the model's forward raised {type(error).__name__}: {error}"
+        raise ForwardError(f"{said}{_on_parts(inputs, error)}") from error
 
 
 def predictions(model: nn.Module, inputs: Any) -> Tensor:
@@ -50,8 +51,8 @@ def predictions(model: nn.Module, inputs: Any) -> Tensor:
     Raises:
         ForwardError: if the model's forward raises.
         TypeError: if the model returns neither a tensor nor logits.
-        ValueError: if the predictions are not single or double precision, or the inputs do not
-            fit the weights.
+        ValueError: if the predictions are a single number or not in single or double precision,
+            or the inputs do not fit the weights.
     """
     outputs = one_tensor(call(model, inputs))
     if not outputs.is_floating_point():
@@ -68,20 +69,57 @@ def one_tensor(outputs: Any) -> Tensor:
 
     Raises:
         TypeError: if they cannot be told.
+        ValueError: if they are a single number.
     """
     if isinstance(outputs, Tensor):
+        if outputs.dim() == 0:
+            raise ValueError(
+                "the model's output is a single number; it has to have one row per example, "
+                "so return the predictions and let the loss reduce them"
+            )
         return outputs
     kind = type(outputs).__name__
     if isinstance(outputs, Mapping):
         logits = outputs.get("logits")
         if isinstance(logits, Tensor):
-            return logits.movedim(-1, 1) if logits.dim() == 3 else logits
+            return one_tensor(logits.movedim(-1, 1) if logits.dim() == 3 else logits)
         kind = f"{kind} with {', '.join(map(repr, outputs)) or 'nothing in it'}"
     elif isinstance(outputs, list | tuple):
         kind = f"{kind} of {len(outputs)}"
     raise TypeError(
         f"the model returned a {kind}, but one tensor of predictions is needed (or a mapping with "
         "'logits'); wrap the model in a module whose forward returns the predictions alone"
+    )
+
+
+def check_open(model: nn.Module) -> None:
+    """Refuse what runs outside Python, where no call of a dropout is seen.
+
+    Raises:
+        TypeError: if the model is scripted or traced, or a part of it is.
+    """
+    for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            part = f"'s {path!r}" if path else ""
+            raise TypeError(
+                f"the model{part} was scripted or traced (torch.jit), so its dropout cannot be "
+                "seen; pass the module that it was made of"
+            )
+
+
+# What torch says where a forward takes its inputs for another number of examples.
+_OTHER_SIZE = re.compile("invalid for input of size|must match|[Ee]xpected hidden|Expected size")
+
+
+def _on_parts(inputs: Any, error: Exception) -> str:
+    """That a forward is also given parts of a batch, where it may have counted on all of it."""
+    given = tensors_in(inputs)
+    if not _OTHER_SIZE.search(str(error)) or not given or not given[0].dim():
+        return ""
+    return (
+        f". It was given {len(given[0])} examples: droplens calls the forward with parts of the "
+        "data too, so a batch size that is fixed in the forward has to be read from its inputs, "
+        "as in x.shape[0]"
     )
 
 

@@ -41,6 +41,11 @@ def plain():
 def plains():
     return [plain(), plain()]
 
+def broken():
+    net = dropped()
+    nn.init.constant_(net[0].weight, float("nan"))
+    return net
+
 def half():
     return dropped().half()
 
@@ -169,6 +174,14 @@ REFUSED = {
     "half": (("inspect", "nets:half", "--data", "nets:data"), "weights are torch.float16, too coa"),
     "labels": ((*DROPPED, "--loss", "mse"), "targets has to have the outputs' shape"),
     "one set": (("compare", "nets:dropped", "--data", "nets:data"), "one set of networks only"),
+    "broken": (
+        ("compare", "good=nets:dropped", "bad=nets:broken", "--data", "nets:data", *QUICK),
+        "error: 'bad': the model's weight '0.weight' holds NaN or Inf",
+    ),
+    "raises": (
+        ("compare", "good=nets:dropped", "bad=nets:Raises", "--data", "nets:data", *QUICK),
+        "error: 'bad': the model's forward raised KeyError: 'stem'",
+    ),
     "draws": ((*DROPPED, "--draws", "1"), "Invalid value for '--draws'"),
 }  # fmt: skip
 

@@ -1,5 +1,6 @@
 """Data that a page cannot be made of, however many passes it takes to see that."""
 
+import html
 import re
 
 import numpy as np
@@ -150,3 +151,63 @@ def test_few_masks_may_not_see_the_spread():
     assert verdict.outcome == "cannot conclude"
     assert "cannot be told from zero" in verdict.sentence
     assert "nan" not in verdict.sentence
+
+
+class Bag(nn.Module):
+    """Classes from the mean of a few tokens."""
+
+    def __init__(self, table, mean):
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.mean = table, mean
+        self.drop, self.layer = nn.Dropout(0.2), nn.Linear(6, 3)
+
+    def forward(self, tokens):
+        h = self.table(tokens)
+        return self.layer(self.drop(h.mean(1) if self.mean else h))
+
+
+REASONS = {
+    "sparse": (
+        nn.Embedding(9, 6, sparse=True), True, "a layer's gradients are sparse",
+        "sparse=False in nn.Embedding",
+    ),
+    "bag": (
+        nn.EmbeddingBag(9, 6), False, "which torch does not have of nn.EmbeddingBag",
+        "with an nn.Embedding of the same weight",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REASONS.values(), ids=REASONS)
+def test_a_missing_second_derivative_is_told_in_our_words(case, tmp_path):
+    table, mean, reason, advice = case
+    tokens = torch.randint(9, (len(y), 4), generator=torch.Generator().manual_seed(0))
+    found = dl.inspect(Bag(table, mean), (tokens, y), loss, draws=3, directions=1, seed=0)
+    said = found.not_measured["Hessian"]
+    assert said.startswith("it needs second derivatives")
+    assert reason in said
+    assert advice in said
+    assert re.search(r"not implemented[^()]*\)$", said)
+    assert found.cost is not None
+    page = found.to_html(tmp_path / "page.html").read_text("utf-8")
+    assert reason in html.unescape(page)
+
+
+def test_other_refusals_are_kept_and_told_apart():
+    from droplens.inspection._attempt import attempt
+
+    def raises(error):
+        raise error
+
+    said = {}
+    for name, error in {
+        "own": RuntimeError("5 did not converge"),
+        "once": RuntimeError("its backward is marked once_differentiable"),
+        "value": ValueError("sparse targets"),
+    }.items():
+        assert attempt(said, name, lambda error=error: raises(error)) is None
+    assert said["own"] == "it cannot be computed for this network: 5 did not converge"
+    assert said["once"].startswith("it needs second derivatives, which torch does not have of an")
+    assert said["once"].endswith("(its backward is marked once_differentiable)")
+    assert said["value"] == "sparse targets"

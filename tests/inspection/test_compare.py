@@ -8,6 +8,7 @@ from torch import nn
 
 import droplens as dl
 from droplens.batches import as_batches
+from droplens.calling import ForwardError
 from droplens.estimates import Estimate
 from droplens.inspection import Cost, SiteCost
 from droplens.inspection._cost import pooled_cost
@@ -182,3 +183,36 @@ def test_a_pooled_cost_carries_the_error_over_networks():
 def test_bad_sets_are_named(models, error, message):
     with pytest.raises(error, match=message):
         dl.compare(models, data(), loss)
+
+
+class Short(nn.Sequential):
+    """Fails on other data than its own."""
+
+    def forward(self, x):
+        if len(x) != 40:
+            raise LookupError(f"no table for {len(x)} examples")
+        return super().forward(x)
+
+
+def test_what_is_refused_names_its_network():
+    broken = network(seed=1)
+    with torch.no_grad():
+        broken[0].bias[1] = float("nan")
+    refused = r"^'b', network 2 of 2: the model's weight '0.bias' holds NaN or Inf"
+    with pytest.raises(ValueError, match=refused):
+        dl.compare({"a": network(), "b": [network(), broken]}, data(), loss, draws=3, directions=1)
+    with pytest.raises(TypeError, match=r"^'b': the model returned a tuple of 2"):
+        dl.compare({"a": network(), "b": nn.LSTM(6, 3)}, data(), loss, draws=3, directions=1)
+    with pytest.raises(ForwardError, match=r"^'b': the model's forward raised LookupError"):
+        dl.compare({"a": network(), "b": Short(*network())}, data(20), loss, draws=3, directions=1)
+
+
+def test_a_forward_that_fails_on_held_out_data_names_its_network(monkeypatch):
+    from droplens.inspection import _compare
+
+    def fails(model, batches):
+        raise ForwardError("no such row")
+
+    monkeypatch.setattr(_compare, "outputs_of", fails)
+    with pytest.raises(ForwardError, match=r"^'a', network 1 of 2: no such row"):
+        _compare._held_out({"a": [network(), network()]}, data(), loss)

@@ -13,7 +13,7 @@ from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from droplens.calling import SiteError
+from droplens.calling import SiteError, check_open
 from droplens.discovery._calls import FUNCTIONS, Call, read_call
 from droplens.discovery._composites import (
     ATTENTION,
@@ -266,6 +266,7 @@ def intercept(model: nn.Module, visit: Visit, *, repeatable: bool = False) -> It
     Yields:
         A tracker that knows where in the module tree the pass is.
     """
+    check_open(model)
     refused = torch.is_grad_enabled() and not repeatable
 
     def named(call: Call, x: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any, Final, Literal, final, get_args
 import torch
 from torch import Tensor, nn
 
-from droplens.calling import one_tensor
+from droplens.calling import check_open, one_tensor
 from droplens.dynamics._norms import can_follow, following
 from droplens.dynamics._training import loss_on, masks_in_training, nothing_dropped
 from droplens.losses import family as family_of
@@ -52,6 +52,7 @@ class DeterministicDropout:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model has to be a torch module, but got {type(model).__name__}")
+        check_open(model)
         if method not in get_args(Method):
             known = ", ".join(repr(name) for name in get_args(Method))
             raise ValueError(f"method has to be one of {known}, but got {method!r}")
@@ -177,7 +178,7 @@ def replace_dropout(
     >>> step.total.backward()
 
     Raises:
-        TypeError: if the model is no module or the loss not known.
+        TypeError: if the model is no module or a scripted one, or the loss not known.
         ValueError: if the method is unknown.
     """
     return DeterministicDropout(model, loss, method, sites, generator)

@@ -1,7 +1,8 @@
 """One measure tried: what it refuses is named on the page instead of losing the rest."""
 
+import re
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from droplens.calling import ForwardError
 
@@ -20,7 +21,34 @@ def attempt(
         return measure()
     except ForwardError:
         raise
-    # torch reports a missing second derivative as a RuntimeError.
-    except (ValueError, TypeError, RuntimeError) as error:
+    except (ValueError, TypeError) as error:
         not_measured[what] = str(error)
-        return None
+    # torch reports a missing second derivative as a RuntimeError.
+    except RuntimeError as error:
+        not_measured[what] = _in_our_words(error)
+    return None
+
+
+# What torch's words on a missing derivative mean for a network.
+_MEANINGS: Final = {
+    "sparse": (
+        "it needs second derivatives, and a layer's gradients are sparse, which have none in "
+        "torch; measure a copy with dense ones, sparse=False in nn.Embedding"
+    ),
+    "embedding_bag": (
+        "it needs second derivatives, which torch does not have of nn.EmbeddingBag; measure a copy "
+        "with an nn.Embedding of the same weight, followed by the sum, mean or max"
+    ),
+    "derivative for|second derivative|differentiate twice|once_differentiable": (
+        "it needs second derivatives, which torch does not have of an operation of this network; "
+        "measure a copy that is written without it"
+    ),
+}
+
+
+def _in_our_words(error: RuntimeError) -> str:
+    said = " ".join(str(error).split())
+    for pattern, meaning in _MEANINGS.items():
+        if re.search(pattern, said):
+            return f"{meaning} ({said})"
+    return f"it cannot be computed for this network: {said}"

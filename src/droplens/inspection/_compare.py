@@ -1,6 +1,7 @@
 """Networks side by side, such as with and without dropout, one or several seeds of each."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, final
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from droplens.batches import Batches, as_batches, checked_passes
+from droplens.calling import ForwardError
 from droplens.inspection._between import Member
 from droplens.inspection._cost import Cost, pooled_cost
 from droplens.inspection._cost_verdicts import cost_verdicts, lawless_verdict
@@ -228,9 +230,26 @@ def _each(
         looked_at: list[Inspection] = []
         for network in networks:
             tell(0.8 * (done + len(looked_at)) / count, f"Inspecting {name!r}")
-            looked_at.append(look(network))
+            with _told_apart(name, len(looked_at), len(networks)):
+                looked_at.append(look(network))
         found[name] = tuple(looked_at)
     return found
+
+
+@contextmanager
+def _told_apart(name: str, position: int, count: int) -> Iterator[None]:
+    """While open, what is refused names the network that it was refused of.
+
+    Raises:
+        ForwardError, TypeError, ValueError: as raised inside, with the set's name in front.
+    """
+    try:
+        yield
+    except (ForwardError, TypeError, ValueError) as error:
+        # Subclasses may be built from other arguments than a text.
+        kind = next(k for k in (ForwardError, TypeError, ValueError) if isinstance(error, k))
+        which = "" if count == 1 else f", network {position + 1} of {count}"
+        raise kind(f"{name!r}{which}: {error}") from error
 
 
 def _not_measured(
@@ -276,7 +295,11 @@ def _at_equal_loss(
 
 def _held_out(sets: Mapping[str, Sequence[nn.Module]], data: Any, loss: nn.Module) -> HeldOut:
     batches = as_batches(data, next(iter(sets.values()))[0], loss)
-    found = {n: [outputs_of(m, batches) for m in networks] for n, networks in sets.items()}
+    found: dict[str, list[list[tuple[Tensor, Tensor]]]] = {name: [] for name in sets}
+    for name, networks in sets.items():
+        for k, network in enumerate(networks):
+            with _told_apart(name, k, len(networks)):
+                found[name].append(outputs_of(network, batches))
     examples = sum(len(f) for f, _ in next(iter(found.values()))[0])
     return HeldOut(
         {n: tuple(scaled_loss(o, loss, 1.0) for o in each) for n, each in found.items()},

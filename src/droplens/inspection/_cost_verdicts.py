@@ -90,11 +90,11 @@ def lawless_verdict(sites: Sequence[Site], who: str = "") -> list[Verdict]:
             f"What dropout costs {who}on this data is not known: {_named(names)} {verb} no law "
             f"({why}).",
             "cannot conclude",
-            "masks are drawn from a site's law, so at least one site needs one",
+            "sites whose law is known, at least one: masks are drawn from it",
             1.0,
             exact(0.0, "sites"),
             len(names),
-            "sites with a law",
+            "",
             question=_COSTS,
             id="cost",
         )

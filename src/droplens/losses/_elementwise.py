@@ -176,13 +176,4 @@ class Poisson(_Elementwise):
 
 def _flat_terms(outputs: Tensor) -> Tensor:
     """Every element a term of its own: (n, ...) -> (n, T, 1)."""
-    _need_batch(outputs)
     return outputs.reshape(outputs.shape[0], -1, 1)
-
-
-def _need_batch(outputs: Tensor) -> None:
-    if outputs.dim() == 0:
-        raise ValueError(
-            "the model's output is a single number; it has to have one row per example, "
-            "so return the predictions and let the loss reduce them"
-        )
