@@ -173,7 +173,7 @@ REASONS = {
         "sparse=False in nn.Embedding",
     ),
     "bag": (
-        nn.EmbeddingBag(9, 6), False, "which torch does not have of nn.EmbeddingBag",
+        nn.EmbeddingBag(9, 6), False, "which torch cannot do through nn.EmbeddingBag",
         "with an nn.Embedding of the same weight",
     ),
 }  # fmt: skip
@@ -183,12 +183,20 @@ REASONS = {
 def test_a_missing_second_derivative_is_told_in_our_words(case, tmp_path):
     table, mean, reason, advice = case
     tokens = torch.randint(9, (len(y), 4), generator=torch.Generator().manual_seed(0))
-    found = dl.inspect(Bag(table, mean), (tokens, y), loss, draws=3, directions=1, seed=0)
-    said = found.not_measured["Hessian"]
-    assert said.startswith("it needs second derivatives")
-    assert reason in said
-    assert advice in said
-    assert re.search(r"not implemented[^()]*\)$", said)
+    asked = ("spectral_density", "gradient_noise")
+    found = dl.inspect(
+        Bag(table, mean), (tokens, y), loss, draws=3, directions=1, measures=asked, seed=0
+    )
+    for name in ("Hessian", *asked):
+        said = found.not_measured.get(name)
+        if name == "gradient_noise" and not mean:  # it takes one derivative, which a bag has
+            assert said is None
+            continue
+        assert reason in said
+        assert advice in said
+        assert said.endswith(")")
+        assert len(said) < 300
+    assert re.search(r"not implemented[^()]*\)$", found.not_measured["Hessian"])
     assert found.cost is not None
     page = found.to_html(tmp_path / "page.html").read_text("utf-8")
     assert reason in html.unescape(page)
@@ -208,6 +216,6 @@ def test_other_refusals_are_kept_and_told_apart():
     }.items():
         assert attempt(said, name, lambda error=error: raises(error)) is None
     assert said["own"] == "it cannot be computed for this network: 5 did not converge"
-    assert said["once"].startswith("it needs second derivatives, which torch does not have of an")
+    assert said["once"].startswith("it differentiates the network twice, which torch cannot")
     assert said["once"].endswith("(its backward is marked once_differentiable)")
     assert said["value"] == "sparse targets"

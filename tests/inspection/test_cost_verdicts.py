@@ -29,18 +29,18 @@ def beside(p, lawless=("1",)):
 def test_the_headline_names_what_is_left_out(tmp_path):
     found = quick(beside(0.5), data())
     verdict = by_id(found)["cost"]
-    assert verdict.sentence.endswith("with it), without site '1', which has no law.")
+    assert verdict.sentence.startswith("Dropout without site '1', which has no law, costs 0.")
     assert "without site" in found.to_html(tmp_path / "page.html").read_text("utf-8")
     two = quick(beside(0.5, ("1", "2")), data())
     assert "without sites '1', '2', which have no law" in by_id(two)["cost"].sentence
-    assert "without" not in by_id(quick(network(), data()))["cost"].sentence.split("with it)")[1]
+    assert "without site" not in by_id(quick(network(), data()))["cost"].sentence
 
 
 @pytest.mark.parametrize("gap", [-0.1, 0.001])
 def test_all_outcomes_name_what_is_left_out(gap):
     apart = replace(cost(gap=gap, error=0.01), unmeasured={"a": "why", "2": "no derivative"})
     sentence = cost_verdict(apart, "nats").sentence
-    assert ", without site 'a', which has no law" in sentence
+    assert "ropout without site 'a', which has no law, " in sentence
     many = replace(apart, unmeasured=dict.fromkeys("abcdefg", "why"))
     assert (
         "without sites 'a', 'b', 'c', 'd' and 3 more, which" in cost_verdict(many, "nats").sentence
@@ -73,9 +73,13 @@ def test_an_exact_zero_is_said_to_be_one(tmp_path):
         "Dropout costs exactly 0 nats on this data: with p = 0 nothing is dropped."
     )
     assert not {"split", "approximation"} & set(verdicts)
-    assert "with p = 0 nothing" in found.to_html(tmp_path / "page.html").read_text("utf-8")
+    page = found.to_html(tmp_path / "page.html").read_text("utf-8")
+    assert "with p = 0 nothing" in page
+    assert "Three evaluations of the spread" not in page
     sentence = by_id(quick(beside(0.0), data()))["cost"].sentence
-    assert "exactly 0 nats on this data, without site '1', which has no law: with p" in sentence
+    assert (
+        "without site '1', which has no law, costs exactly 0 nats on this data: with p" in sentence
+    )
 
 
 def test_masks_that_change_nothing_cost_nothing():

@@ -31,24 +31,25 @@ def attempt(
 
 # What torch's words on a missing derivative mean for a network.
 _MEANINGS: Final = {
-    "sparse": (
-        "it needs second derivatives, and a layer's gradients are sparse, which have none in "
-        "torch; measure a copy with dense ones, sparse=False in nn.Embedding"
+    "(?i)sparse": (
+        "a layer's gradients are sparse, and torch cannot compute it from such; measure a copy "
+        "with dense ones, sparse=False in nn.Embedding and nn.EmbeddingBag"
     ),
     "embedding_bag": (
-        "it needs second derivatives, which torch does not have of nn.EmbeddingBag; measure a copy "
-        "with an nn.Embedding of the same weight, followed by the sum, mean or max"
+        "it differentiates the network twice, which torch cannot do through nn.EmbeddingBag; "
+        "measure a copy with an nn.Embedding of the same weight, followed by the sum, mean or max"
     ),
     "derivative for|second derivative|differentiate twice|once_differentiable": (
-        "it needs second derivatives, which torch does not have of an operation of this network; "
-        "measure a copy that is written without it"
+        "it differentiates the network twice, which torch cannot do through one of its "
+        "operations; measure a copy that is written without it"
     ),
 }
 
 
 def _in_our_words(error: RuntimeError) -> str:
-    said = " ".join(str(error).split())
+    # Behind its first sentence torch may list every backend that it knows.
+    said = " ".join(str(error).split()).split(". ")[0]
     for pattern, meaning in _MEANINGS.items():
         if re.search(pattern, said):
-            return f"{meaning} ({said})"
+            return f"{meaning} ({said.removesuffix('.')})"
     return f"it cannot be computed for this network: {said}"

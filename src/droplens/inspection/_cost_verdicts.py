@@ -47,19 +47,19 @@ def cost_verdict(cost: Cost, unit: str, who: str = "") -> Verdict:
     if _is_zero(gap):
         masked = f"none of {gap.n} masks changes the loss"
         why = masked if gap.n > 1 else "with p = 0 nothing is dropped"
-        sentence = f"Dropout costs {who}exactly 0 {unit} on this data{apart}: {why}."
+        sentence = f"Dropout{apart} costs {who}exactly 0 {unit} on this data: {why}."
     elif outcome == "yes":
         sentence = (
-            f"Dropout costs {who}{gap} {unit} on this data{share} "
-            f"({cost.base} without dropout, {whole:.4g} with it){apart}."
+            f"Dropout{apart} costs {who}{gap} {unit} on this data{share} "
+            f"({cost.base} without dropout, {whole:.4g} with it)."
         )
     elif outcome == "no":
         lower = replace(gap, value=-gap.value)
-        sentence = f"Dropout lowers the loss {who}on this data by {lower} {unit}{apart}."
+        sentence = f"Dropout{apart} lowers the loss {who}on this data by {lower} {unit}."
     else:
         sentence = (
-            f"What dropout costs {who}({gap} {unit}){apart}{',' if apart else ''} cannot be told "
-            f"from zero with {gap.n} {gap.over}."
+            f"What dropout{apart} costs {who}({gap} {unit}) cannot be told from zero with "
+            f"{gap.n} {gap.over}."
         )
     return Verdict(
         sentence,
@@ -110,7 +110,7 @@ def _apart(lawless: Sequence[str]) -> str:
     """The sites that the cost does not hold."""
     if not lawless:
         return ""
-    return f", without {_named(lawless)}, which {'has' if len(lawless) == 1 else 'have'} no law"
+    return f" without {_named(lawless)}, which {'has' if len(lawless) == 1 else 'have'} no law,"
 
 
 def _named(sites: Sequence[str]) -> str:

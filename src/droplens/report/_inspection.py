@@ -35,7 +35,7 @@ def inspection_document(inspection: Inspection, title: str) -> Document:
     """One network's inspection as a report."""
     unit = inspection.unit
     sections = [_sites_section(inspection)]
-    if inspection.cost is not None and inspection.cost.by_site:
+    if inspection.cost is not None and inspection.cost.gap.value != 0:
         sections.append(_cost_section({"this network": inspection.cost}, unit))
     if inspection.equalization:
         sections.append(_equalisation_section({"this network": [inspection]}))
