@@ -194,6 +194,8 @@ class TestWeightsOnTheMetaDevice:
         net = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Dropout(0.2), nn.Linear(6, 3))
         with pytest.raises(ValueError, match=r"weight '0.weight' is on the meta device.*to_empty"):
             measure(net.to("meta"), torch.randn(8, 4), torch.arange(8) % 3)
+
+
 # `sites` looks at no output, and curvature at the number of parameters first.
 PREDICTING = sorted(set(MEASURES) - {"sites", "curvature"})
 
