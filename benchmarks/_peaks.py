@@ -49,6 +49,9 @@ MEASURES = {
     "hessian, from a list of batches": lambda m, d: measure.hessian(m, [d], LOSS, 5, probes=16),
     "hessian, expected": lambda m, d: measure.hessian(m, d, LOSS, 1, "expected", probes=2, draws=2),
     "spectral density": lambda m, d: measure.spectral_density(m, d, LOSS, probes=2, steps=3),
+    "spectral density, expected": lambda m, d: measure.spectral_density(
+        m, d, LOSS, masks="expected", probes=2, steps=3
+    ),
     "fisher": lambda m, d: measure.fisher(m, d, LOSS),
     "fisher, sampled": lambda m, d: measure.fisher(m, d, LOSS, "sampled", draws=3),
     "fisher, expected": lambda m, d: measure.fisher(m, d, LOSS, masks="expected", draws=3),

@@ -5,6 +5,7 @@ At the measures' own defaults.
 
 import itertools
 import math
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -85,30 +86,40 @@ def assert_all_cover(run, truths, most=0.97):
 
 
 class Written(WeightMatrix):
-    """A matrix for every draw of masks, written out in place of the products of a network."""
+    """A matrix for every draw of masks, one of those written out, in place of a network's.
+
+    Args:
+        matrices: all there are, equally likely, (k, d, d).
+    """
 
     def __init__(self, matrices, weights, count, source):
         self.size, self.dtype, self.divisor = len(weights), np.float64, 1.0
         self.masks, self._matrices, self._weights = Applied(count, None), matrices, weights
-        self._source, self._draws, self._means = source, {}, {}
+        self._source, self._drawn = source, np.zeros(0, dtype=int)
         self._curved, self.moves = False, True
+        self._mean = None, None
 
-    def _of_draw(self, draw):
-        if draw not in self._draws:
-            examples, masks = self._matrices.shape[:2]
-            chosen = self._source.integers(masks, size=examples)
-            self._draws[draw] = self._matrices[np.arange(examples), chosen].mean(0)
-        return self._draws[draw]
+    def _of(self, draws):
+        if self._mean[0] != draws:
+            lacking = draws[-1] + 1 - len(self._drawn)
+            if lacking > 0:
+                more = self._source.integers(len(self._matrices), size=lacking + 10_000)
+                self._drawn = np.concatenate([self._drawn, more])
+            chosen = self._drawn[draws.start : draws.stop]
+            shares = np.bincount(chosen, minlength=len(self._matrices)) / len(chosen)
+            self._mean = draws, np.tensordot(shares, self._matrices, 1)
+        return self._mean[1]
 
     def products_of_draw(self, draw, V):
-        return self._of_draw(draw) @ V
+        return self._of(range(draw, draw + 1)) @ V
 
     def products(self, V, draws=None):
         count = self.masks.count
-        draws = draws if draws is not None and count > 1 else range(count)
-        if draws not in self._means:
-            self._means[draws] = sum(map(self._of_draw, draws)) / len(draws)
-        return self._means[draws] @ V
+        return self._of(draws if draws is not None and count > 1 else range(count)) @ V
+
+    @contextmanager
+    def gathered(self):
+        yield self.masks.count
 
     def weights(self):
         return self._weights
@@ -127,30 +138,54 @@ def flat(model):
     return torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
-def written(monkeypatch, dense, masks):
-    """Let the measures work on dense matrices: 1,000 runs at their defaults in seconds.
+# Two examples, whose masks move eigenvalues far; twenty; the same, trained until one mask alone
+# may be very wrong; and a network with more units.
+EXPECTED = ["two", "twenty", "trained", "wide"]
+
+
+def subject(name):
+    if name == "off":
+        return network(), examples()
+    if name == "wide":
+        return network(8, 4), examples()
+    model, data = network(4, 12), examples(2 if name == "two" else 20, 12)
+    if name == "trained":
+        optimizer = torch.optim.Adam(model.parameters(), 0.02)
+        torch.manual_seed(5)
+        for _ in range(200):
+            optimizer.zero_grad()
+            CE(model(data[0]), data[1]).backward()
+            optimizer.step()
+    return model, data
+
+
+def written(monkeypatch, dense, name):
+    """Let the measures work on dense matrices: 1,000 runs at their defaults in a minute or two.
 
     That the products of a network are those of its dense matrix, masks and all, others test.
     """
-    if masks == "off":
-        model, data = network(), examples()
-        matrices = dense(model.eval(), *data, CE)[None, None]
-    else:
-        model, data = network(4, 16), examples(20, 16)
-        matrices = by_example(dense, model, data)
+    model, data = subject(name)
     source = np.random.default_rng(2)
+    if name == "off":
+        matrices = dense(model.eval(), *data, CE).numpy()[None]
+    else:
+        own = by_example(dense, model, data).numpy()
+        places = np.arange(len(own))
+        matrices = np.stack(
+            [own[places, source.integers(own.shape[1], size=len(own))].mean(0) for _ in range(32)]
+        )
 
     def make(*given):
         applied = next(a for a in given if isinstance(a, Applied))
-        return Written(matrices.numpy(), flat(model).numpy(), applied.count, source)
+        return Written(matrices, flat(model).numpy(), applied.count, source)
 
-    for place, name in (
+    for place, kind in (
         (_hessian, "LossHessian"),
         (_density, "LossHessian"),
         (_density, "GaussNewton"),
     ):
-        monkeypatch.setattr(place, name, make)
-    return model, data, matrices.mean((0, 1))
+        monkeypatch.setattr(place, kind, make)
+    return model, data, torch.from_numpy(matrices.mean(0))
 
 
 @pytest.mark.parametrize("masks", ["off", "expected"])
@@ -234,30 +269,33 @@ def test_the_barrier(steps, most):
     assert_covers(run, truth, most)
 
 
-@pytest.mark.parametrize("masks", ["off", "expected"])
-def test_hessian(monkeypatch, masks):
-    model, data, H = written(monkeypatch, dense_hessian, masks)
+def mode(name):
+    return "off" if name == "off" else "expected"
+
+
+@pytest.mark.parametrize("name", ["off", *EXPECTED])
+def test_hessian(monkeypatch, name):
+    model, data, H = written(monkeypatch, dense_hessian, name)
     truths = float(H.trace()), float(flat(model).square() @ H.diagonal())
 
     def run(seed):
-        found = measure.hessian(model, data, CE, masks=masks, seed=seed)
+        found = measure.hessian(model, data, CE, masks=mode(name), seed=seed)
         return found.trace, found.relative_trace
 
     assert_all_cover(run, truths)
 
 
-def test_the_largest_expected_eigenvalue():
-    model, data = network(UNITS, 1), examples(N, 1)
-    H = over_all_masks(dense_hessian, model, data)
-    truth = float(torch.linalg.eigvalsh(H)[-1])
+@pytest.mark.parametrize("name", EXPECTED)
+def test_the_largest_expected_eigenvalues(monkeypatch, name):
+    model, data, H = written(monkeypatch, dense_hessian, name)
+    truths = torch.linalg.eigvalsh(H).flip(0)[:5].tolist()
 
     def run(seed):
-        found = measure.hessian(model, data, CE, 1, "expected", seed=seed)
-        return Estimate(
-            float(found.top_eigenvalues[0]), float(found.standard_errors[0]), found.draws
-        )
+        found = measure.hessian(model, data, CE, masks="expected", seed=seed)
+        pairs = zip(found.top_eigenvalues.tolist(), found.standard_errors.tolist(), strict=True)
+        return [Estimate(value, error, found.draws) for value, error in pairs]
 
-    assert_covers(run, truth)
+    assert_all_cover(run, truths)
 
 
 @pytest.mark.parametrize("method", ["sampled", "sampled_hessian"])
@@ -278,33 +316,62 @@ def test_fisher_over_masks(method):
     assert_covers(run, truth)
 
 
-@pytest.mark.parametrize("masks", ["off", "expected"])
-def test_fisher_spectrum(monkeypatch, masks):
-    model, data, F = written(monkeypatch, dense_fisher, masks)
-    values = torch.linalg.eigvalsh(F).clamp_min(0)
-    truths = float((values / (values + 0.05)).sum()), float(values.sum())
+@pytest.mark.parametrize("name", ["off", *EXPECTED])
+def test_fisher_spectrum(monkeypatch, name):
+    model, data, F = written(monkeypatch, dense_fisher, name)
+    values, tau = torch.linalg.eigvalsh(F).clamp_min(0), 1 / len(data[0])
+    truths = float((values / (values + tau)).sum()), float(values.sum())
 
     def run(seed):
-        found = measure.fisher_spectrum(model, data, CE, masks=masks, damping=0.05, seed=seed)
+        found = measure.fisher_spectrum(model, data, CE, masks=mode(name), damping=tau, seed=seed)
         return found.effective_dimension, found.trace
 
     assert_all_cover(run, truths)
 
 
-@pytest.mark.parametrize("masks", ["off", "expected"])
-def test_spectral_density(monkeypatch, masks):
-    model, data, H = written(monkeypatch, dense_hessian, masks)
-    values = torch.linalg.eigvalsh(H)
+@pytest.mark.parametrize("name", ["off", "two"])
+def test_the_trace_without_eigenvectors(monkeypatch, name):
+    model, data, F = written(monkeypatch, dense_fisher, name)
 
     def run(seed):
-        found = measure.spectral_density(
-            model, data, CE, masks=masks, steps=24, width=0.1, seed=seed
-        )
-        bump = found.quadrature.mean(lambda nodes: torch.exp(-0.5 * ((nodes - 0.3) / 0.1) ** 2))
-        return bump, found.trace, found.negative
+        return measure.fisher_spectrum(model, data, CE, 0, mode(name), seed=seed).trace
 
-    bump = float(torch.exp(-0.5 * ((values - 0.3) / 0.1) ** 2).mean())
-    assert_all_cover(run, (bump, float(values.sum()), float(values.clamp_max(0).sum())))
+    assert_covers(run, float(F.trace()))
+
+
+@pytest.mark.parametrize(
+    ("name", "matrix"),
+    [("off", "fisher"), ("twenty", "fisher"), *((name, "hessian") for name in ["off", *EXPECTED])],
+)
+def test_spectral_density(monkeypatch, name, matrix):
+    """The sums, and the bands at every point of the grid that sees an eigenvalue."""
+    dense = dense_hessian if matrix == "hessian" else dense_fisher
+    model, data, M = written(monkeypatch, dense, name)
+    values = torch.linalg.eigvalsh(M)
+    # The grid is not the same in every run; held against an even one over the whole spectrum.
+    places = torch.linspace(float(values[0]), float(values[-1]), 21, dtype=torch.float64)
+    held, seen = torch.zeros(21), torch.zeros(21)
+
+    def run(seed):
+        found = measure.spectral_density(model, data, CE, matrix, mode(name), seed=seed)
+        at = (places[:, None] - found.grid).abs().argmin(1)
+        for k, i in enumerate(at.tolist()):
+            distance = (found.grid[i] - values) / found.width
+            truth = float(torch.exp(-0.5 * distance.square()).mean())
+            truth /= found.width * math.sqrt(2 * math.pi)
+            low, high = found.density[i].interval()
+            held[k] += low <= truth <= high
+            seen[k] += bool((distance.abs() < 2).any())
+        # No eigenvalue of a Fisher information is negative.
+        return (found.trace, found.negative) if matrix == "hessian" else (found.trace,)
+
+    truths = [float(values.sum()), float(values.clamp_max(0).sum())]
+    assert_all_cover(run, truths if matrix == "hessian" else truths[:1])
+    covered = held[seen > 0.9 * REPEATS] / REPEATS
+    assert len(covered) >= 3
+    assert 0.93 <= float(covered.mean()) <= 0.97, covered
+    assert float(covered.min()) >= 0.92, covered
+    assert float(covered.max()) <= 0.98, covered
 
 
 def test_the_slope_of_variance_on_flatness():

@@ -10,13 +10,16 @@ from torch import Tensor, nn
 from droplens.batches import checked_passes
 from droplens.estimates import Estimate
 from droplens.measure._checks import warn_of_nothing
-from droplens.measure._density import Quadrature, check_counts, matrix_of, quadrature, times
+from droplens.measure._density import check_counts, matrix_of, times
 from droplens.measure._directions import Direction
 from droplens.measure._hessian import DENSE, Traces
 from droplens.measure._lanczos import rayleigh, top_pairs
 from droplens.measure._masks import Masking, Masks
 from droplens.measure._operators import Vector, WeightMatrix
+from droplens.measure._quadrature import Quadrature, draws_for, quadrature, steps_for
 from droplens.randomness import private_generator
+
+_STEPS = 48
 
 
 @dataclass(frozen=True)
@@ -59,8 +62,8 @@ def fisher_spectrum(  # noqa: PLR0913  # all but three have defaults
     *,
     damping: float | None = None,
     probes: int = 16,
-    steps: int = 48,
-    draws: int = 8,
+    steps: int | None = None,
+    draws: int | None = None,
     seed: int | None = None,
     generator: torch.Generator | None = None,
 ) -> FisherSpectrum:
@@ -75,15 +78,14 @@ def fisher_spectrum(  # noqa: PLR0913  # all but three have defaults
         loss: a loss of exponential-family form, as for `penalty`.
         top: how many eigenvalues.
         masks: as for `fisher`: `"expected"` averages the Fisher information over masks, and the
-            effective dimension is rid of its bias as in `spectral_density`.
+            effective dimension is rid of the bias of few draws as in `spectral_density`.
         damping: τ. By default one over what the loss divides by (the number of terms; 1 for a
             sum): for a loss in nats the effective dimension is then the number of directions
             that the data determine better than a normal prior of variance 1 (MacKay 1992).
-        probes: random vectors for the sums, at least 2. Where few eigenvalues are large, and none
-            of them is taken exactly (`top` = 0), vᵀFv is skewed: the trace's 95% intervals from 16
-            probes then held it 91 to 94 times in 100.
-        steps: products a probe.
-        draws: of masks, for `"expected"`, for the eigenvalues and for every probe; at least 2.
+        probes: random vectors for the sums, at least 2.
+        steps: products a probe, 48 by default; with `"expected"` as for `spectral_density`.
+        draws: of masks a product, for `"expected"`, at least 2; by default as many as make 1,000
+            examples of the data.
         seed: repeats probes and masks.
         generator: where the seed is drawn from instead.
 
@@ -100,16 +102,18 @@ def fisher_spectrum(  # noqa: PLR0913  # all but three have defaults
         raise ValueError(f"damping has to be positive, but got {damping}")
     check_counts(probes, steps)
     source, used_seed = private_generator(generator, seed)
-    masking = Masking(masks, draws, used_seed)
     data = checked_passes(inputs, model, loss, in_order=masks != "off")
+    masking = Masking(masks, draws_for(data, masks) if draws is None else draws, used_seed)
     with torch.enable_grad(), masking.applied(model) as applied:
         F = matrix_of("fisher", model, data, loss, applied)
         if top > F.size:
             raise ValueError(f"top is {top}, but the model has only {F.size} trainable numbers")
         Q = _top(F, top, source)
         values, residuals = rayleigh(Q, F.products(Q))
-        found = quadrature(F, probes, steps, source)
-        trace = _trace(F, Q, probes, source)
+        found = quadrature(F, probes, steps or steps_for(F, _STEPS), source)
+        # Where nothing is taken exactly vᵀFv is skewed; the spectrum tells its error better.
+        sums = top > 0 or F.size <= DENSE
+        trace = _trace(F, Q, probes, source) if sums else times(found.mean(Tensor.double), F.size)
         tau = damping or 1 / F.divisor
     warn_of_nothing("Fisher information", trace.value)
     dimension = found.mean(lambda nodes: nodes.clamp_min(0) / (nodes.clamp_min(0) + tau))

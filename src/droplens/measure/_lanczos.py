@@ -78,6 +78,13 @@ def random_signs(
     return signs
 
 
+def random_sphere(size: int, source: torch.Generator, dtype: type[np.floating[Any]]) -> Vector:
+    """A vector of length 1, uniform on the sphere."""
+    drawn = torch.randn(size, generator=source, device=source.device, dtype=torch.float64)
+    vector: Vector = drawn.div_(drawn.norm()).cpu().numpy().astype(dtype)
+    return vector
+
+
 def lanczos_quadrature(
     product: Callable[[Vector], Vector], start: Vector, steps: int
 ) -> tuple[Vector, Vector]:
