@@ -4,6 +4,8 @@ import html
 import json
 import math
 import re
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -37,7 +39,9 @@ def trained(model, seed=0, criterion=loss):
     subject = type("Subject", (), {"model": model, "seed": seed})
     x, y = data()
     batch = Batch(x.to(next(model.parameters()).dtype), y)
-    return _wandering._trained(subject, [batch], Loss(criterion))
+    with tempfile.TemporaryDirectory() as folder:
+        paths = _wandering._trained(subject, [batch], Loss(criterion), Path(folder))
+        return [torch.load(path, weights_only=True) for path in paths]
 
 
 def test_it_joins_the_result_the_page_and_the_twin(tmp_path):
@@ -65,6 +69,23 @@ def test_it_is_repeated_by_its_seed_and_leaves_model_and_streams_alone():
     assert all(p.grad is None for p in model.parameters())
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
+
+
+@pytest.mark.parametrize("fails", [None, "variance_flatness", "labelled"])
+def test_no_checkpoint_is_left_behind(monkeypatch, tmp_path, fails):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    seen = []
+
+    def refuse(*_):
+        seen.extend(tmp_path.iterdir())
+        raise ValueError("on purpose")
+
+    if fails:
+        monkeypatch.setattr(_wandering, fails, refuse)
+    found = asked(network())
+    assert (NAME in found.extras) == (fails is None)
+    assert bool(seen) == bool(fails)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_straight_path_has_nothing_left_and_what_bends_stays():

@@ -1,10 +1,14 @@
 import math
+import weakref
+from collections.abc import Mapping
+from typing import ClassVar
 
 import pytest
 import torch
 from torch import nn
 
 from droplens import measure
+from droplens.measure import _trajectory
 from droplens.measure._trajectory import principal_directions
 
 MSE = nn.MSELoss()
@@ -76,6 +80,41 @@ def test_directions_are_those_of_the_covariance_matrix():
     for k, direction in enumerate(directions):
         own = torch.cat([direction["a"], direction["b"].flatten()])
         assert abs(float(own @ vectors[:, -1 - k])) == pytest.approx(1, rel=1e-9)
+
+
+class Read(Mapping):
+    """A checkpoint whose tensors are made anew whenever they are asked for."""
+
+    made: ClassVar[list] = []
+
+    def __init__(self, state):
+        self.state = state
+
+    def __getitem__(self, name):
+        found = self.state[name].clone()
+        Read.made = [own for own in Read.made if own() is not None] + [weakref.ref(found)]
+        Read.most = max(Read.most, len(Read.made))
+        return found
+
+    def __iter__(self):
+        return iter(self.state)
+
+    def __len__(self):
+        return len(self.state)
+
+
+def test_checkpoints_that_are_read_when_asked_for_are_not_held(monkeypatch):
+    model, states = Bowl([0.5, 1.0, 2.0, 4.0]), walk([4.0, 3.0, 2.0, 1.0])
+    held = measure.variance_flatness(model, states, DATA, loss, 4)
+    Read.most = 0
+    read = measure.variance_flatness(model, map(Read, states), DATA, loss, 4)
+    assert 0 < Read.most <= 3
+    torch.testing.assert_close(read.variance, held.variance)
+    torch.testing.assert_close(read.ends, held.ends)
+    # Nor is all of a weight looked at together.
+    monkeypatch.setattr(_trajectory, "_AT_ONCE", 3 * len(states))
+    parts = measure.variance_flatness(model, states, DATA, loss, 4)
+    torch.testing.assert_close(parts.variance, held.variance)
 
 
 def test_a_loss_that_never_leaves_is_infinitely_flat_and_not_fitted():

@@ -1,9 +1,11 @@
 """How far a network's weights wander under further training, held against the loss's flatness."""
 
 import copy
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from pathlib import Path
+from typing import Final, final
 
 import torch
 from torch import Tensor
@@ -24,7 +26,7 @@ _EXAMPLES: Final = 32
 _STEPS: Final = 5
 _CHECKPOINTS: Final = 100
 _COMPONENTS: Final = 20
-# Numbers held in checkpoints, 256 MB of float32.
+# Numbers written in checkpoints, 256 MB of float32.
 _MOST_NUMBERS: Final = 1 << 26
 
 
@@ -68,14 +70,54 @@ def wandering(on: Subject) -> Wandering:
             f"its {_CHECKPOINTS} checkpoints are too large for a page ({on.sizes.weights:,} "
             "trainable numbers); droplens.measure.variance_flatness takes those of your training"
         )
-    states = _without_drift(_trained(on, data, loss))
-    found = variance_flatness(
-        on.model, states, as_batches(data, loss=on.loss), on.loss, _COMPONENTS
-    )
+    # All checkpoints take far more room than the training that they come from.
+    with tempfile.TemporaryDirectory(prefix="droplens-") as folder:
+        states = [_Stored(path) for path in _trained(on, data, loss, Path(folder))]
+        kept = _without_drift(states)
+        whole = as_batches(data, loss=on.loss)
+        found = variance_flatness(on.model, kept, whole, on.loss, _COMPONENTS)
     return Wandering(found, _CHECKPOINTS * _STEPS, _STEP_SIZE, _EXAMPLES, examples)
 
 
-def _trained(on: Subject, data: Sequence[Batch], loss: Loss) -> list[dict[str, Tensor]]:
+@final
+class _Stored(Mapping[str, Tensor]):
+    """A checkpoint in a file, of which each tensor is read when it is asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def _opened(self) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = torch.load(self._path, mmap=True, weights_only=True)
+        return found
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._opened()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._opened())
+
+    def __len__(self) -> int:
+        return len(self._opened())
+
+
+@final
+class _Driftless(Mapping[str, Tensor]):
+    """A checkpoint less what the drift has added to it until then."""
+
+    def __init__(self, state: Mapping[str, Tensor], drift: Mapping[str, Tensor], at: float) -> None:
+        self._state, self._drift, self._at = state, drift, at
+
+    def __getitem__(self, name: str) -> Tensor:
+        return torch.sub(self._state[name], self._drift[name], alpha=self._at)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._state)
+
+    def __len__(self) -> int:
+        return len(self._state)
+
+
+def _trained(on: Subject, data: Sequence[Batch], loss: Loss, folder: Path) -> list[Path]:
     """Checkpoints of a copy under plain stochastic gradient descent, norm layers in eval.
 
     Raises:
@@ -85,7 +127,7 @@ def _trained(on: Subject, data: Sequence[Batch], loss: Loss) -> list[dict[str, T
     weights = trainable(twin)
     source, _ = private_generator(None, on.seed, next(iter(weights.values())).device)
     batches = _drawn(data, loss, source)
-    states = []
+    paths = []
     with torch.enable_grad(), masks_replaced(twin, draw_masks(source)):
         for step in range(_CHECKPOINTS * _STEPS):
             batch, targets = next(batches)
@@ -99,26 +141,26 @@ def _trained(on: Subject, data: Sequence[Batch], loss: Loss) -> list[dict[str, T
                 for weight, slope in zip(weights.values(), slopes, strict=True):
                     weight.sub_(slope, alpha=_STEP_SIZE)
             if not (step + 1) % _STEPS:
-                states.append({name: w.detach().clone() for name, w in weights.items()})
+                paths.append(folder / f"{step}.pt")
+                torch.save({name: w.detach().cpu() for name, w in weights.items()}, paths[-1])
     if not all(bool(w.isfinite().all()) for w in weights.values()):
         raise ValueError(f"gradient descent of step size {_STEP_SIZE:g} diverges from the network")
-    return states
+    return paths
 
 
-def _without_drift(states: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
+def _without_drift(states: Sequence[Mapping[str, Tensor]]) -> list[_Driftless]:
     """Each weight less the straight line in time that fits it best, about its mean.
 
     Training that has not ended has one direction that is far the largest, and says where it is
     going instead of how far it wanders.
     """
-    time = torch.linspace(-1, 1, len(states))
-    kept = [dict[str, Tensor]() for _ in states]
-    for name in states[0]:
-        path = torch.stack([state[name] for state in states])
-        drift = torch.tensordot(time.to(path), path, 1) / float(time.square().sum())
-        for own, weight, at in zip(kept, path, time.tolist(), strict=True):
-            own[name] = weight - at * drift
-    return kept
+    time = torch.linspace(-1, 1, len(states)).tolist()
+    drift = {name: torch.zeros_like(weight) for name, weight in states[0].items()}
+    for state, at in zip(states, time, strict=True):
+        for name, total in drift.items():
+            # Of the distance from where it began, which is smaller than the weight.
+            total.add_(state[name] - states[0][name], alpha=at / sum(t * t for t in time))
+    return [_Driftless(state, drift, at) for state, at in zip(states, time, strict=True)]
 
 
 def _drawn(

@@ -1,9 +1,9 @@
 """The inverse variance–flatness relation along a trajectory (papers.md §2.9; Feng & Tu 2021)."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,8 @@ _DOUBLINGS = 40
 _BISECTIONS = 20
 # Components whose variance is below this share of the first are rounding.
 _NEGLIGIBLE = 1e-10
+# Numbers of all checkpoints that are looked at together, 8 MB.
+_AT_ONCE = 2**20
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,9 @@ def variance_flatness(  # noqa: PLR0913  # all but four have defaults
     Args:
         model: any torch module; its weights are the middle, where the loss should be near a
             minimum (the last checkpoint, or the checkpoints' mean).
-        checkpoints: state dicts of one training, at least 3; tensors by parameter name.
+        checkpoints: state dicts of one training, at least 3; tensors by parameter name. Mappings
+            that read a tensor when it is asked for (from a file) are read so, one at a time, and
+            again for every direction; none of their tensors is held.
         batches: what `as_batches` takes, with targets; read in every step of the search.
         loss: a loss object; its value at the model has to be positive.
         components: how many principal directions at most.
@@ -140,10 +144,15 @@ def principal_directions(
     """
     n = len(trajectory)
     gram = torch.zeros(n, n, dtype=torch.float64)
-    for name in trajectory[0]:
-        rows = torch.stack([state[name].detach().flatten().cpu() for state in trajectory])
-        centred = rows.double() - rows.double().mean(0)
-        gram += centred @ centred.T
+    for name, weight in trajectory[0].items():
+        # A few numbers of every checkpoint at a time: all of a large weight take too much room.
+        length = max(1, _AT_ONCE // n)
+        for first in range(0, weight.numel(), length):
+            rows = torch.empty(n, min(length, weight.numel() - first), dtype=torch.float64)
+            for row, state in zip(rows, trajectory, strict=True):
+                row.copy_(state[name].detach().flatten()[first : first + length])
+            rows -= rows.mean(0)
+            gram += rows @ rows.T
     values, vectors = torch.linalg.eigh(gram)
     kept = [i for i in range(n - 1, -1, -1) if values[i] > _NEGLIGIBLE * values[-1]]
     if not kept or not float(values[-1]) > 0:
@@ -192,16 +201,34 @@ def _recorded(
                 f"checkpoints has to hold mappings of tensors, but holds a {type(state).__name__}"
             )
         for name in names:
-            if name not in state or state[name].shape != start[name].shape:
+            weight = state.get(name)
+            if weight is None or weight.shape != start[name].shape:
                 raise ValueError(
                     f"checkpoints[{k}] has to hold {name!r} of shape {tuple(start[name].shape)}"
                 )
-            if not bool(state[name].isfinite().all()):
+            if not bool(weight.isfinite().all()):
                 raise ValueError(f"checkpoints[{k}] holds NaN or Inf in {name!r}")
-        found.append({name: state[name].to(start[name]) for name in names})
+        found.append(_Weights(state, {name: start[name] for name in names}))
     if len(found) < 3:
         raise ValueError(f"checkpoints has to hold at least 3, but got {len(found)}")
     return found
+
+
+@final
+class _Weights(Mapping[str, Tensor]):
+    """Some of a checkpoint's weights, each read when it is asked for, and in the model's type."""
+
+    def __init__(self, state: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> None:
+        self._state, self._like = state, like
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._state[name].detach().to(self._like[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._like)
+
+    def __len__(self) -> int:
+        return len(self._like)
 
 
 class _Search:
