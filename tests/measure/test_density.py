@@ -181,6 +181,7 @@ def test_rows_that_meet_are_not_copied():
 
 
 def test_a_width_that_masks_do_not_allow_is_warned_of():
+    torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 12), nn.Dropout(0.8), nn.Linear(12, 3)).double()
 
     def run(width=None, **more):
