@@ -285,6 +285,21 @@ def test_hessian(monkeypatch, name):
     assert_all_cover(run, truths)
 
 
+def test_the_largest_expected_eigenvalue():
+    model, data = network(UNITS, 1), examples(N, 1)
+    H = over_all_masks(dense_hessian, model, data)
+    truth = float(torch.linalg.eigvalsh(H)[-1])
+
+    def run(seed):
+        found = measure.hessian(model, data, CE, 1, "expected", seed=seed)
+        return Estimate(
+            float(found.top_eigenvalues[0]), float(found.standard_errors[0]), found.draws
+        )
+
+    assert_covers(run, truth)
+
+
+@pytest.mark.xfail(reason="they are biased upwards by O(1/draws), as `hessian` says")
 @pytest.mark.parametrize("name", EXPECTED)
 def test_the_largest_expected_eigenvalues(monkeypatch, name):
     model, data, H = written(monkeypatch, dense_hessian, name)
