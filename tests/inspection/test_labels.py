@@ -1,5 +1,7 @@
 """Labels that a loss ignores: in whole batches, in the last position of a language model."""
 
+from typing import Literal
+
 import pytest
 import torch
 from torch import nn
@@ -84,6 +86,25 @@ class TestABatchWithoutLabels:
             assert abs(one.value - other.value) < 4 * error
         assert found.base.value == pytest.approx(whole.base.value, rel=1e-6)
 
+    @pytest.mark.parametrize("method", ["gaussian", "second_order"])
+    def test_penalties(self, loss: nn.Module, method: Literal["gaussian", "second_order"]):
+        labels, loader = with_an_ignored_batch()
+        net = network()
+        found = dl.penalty(net, loader, loss, method)
+        whole = dl.penalty(net, X, loss, method, targets=labels)
+        torch.testing.assert_close(found.total, whole.total.detach())
+        torch.testing.assert_close(found.by_site["2"], whole.by_site["2"].detach())
+        assert found.divisor == whole.divisor
+
+    @pytest.mark.parametrize("method", ["sampled", "masks"])
+    def test_sampled_penalties(self, loss: nn.Module, method: Literal["sampled", "masks"]):
+        labels, loader = with_an_ignored_batch()
+        net = network()
+        found = dl.penalty(net, loader, loss, method, draws=400, seed=0)
+        whole = dl.penalty(net, X, loss, method, targets=labels, draws=400, seed=1)
+        error = (found.standard_error**2 + whole.standard_error**2) ** 0.5
+        assert 0 < abs(float(found) - float(whole)) < 4 * error
+
     def test_curves_and_training(self, loss: nn.Module):
         labels, loader = with_an_ignored_batch()
         net = network()
@@ -140,6 +161,9 @@ def test_the_last_token_has_the_label_that_the_loss_ignores(ignored: int):
     expected = float(loss(logits.flatten(0, 1), TOKENS[:, 1:].flatten()))
     assert found.base == pytest.approx(expected, rel=1e-6)
     assert dl.decompose(net, data, None, loss, 4, seed=0).base.value == pytest.approx(expected)
+    (batch,) = as_batches(data, net, loss)
+    priced = dl.penalty(net, batch.inputs, loss, targets=batch.targets)
+    torch.testing.assert_close(dl.penalty(net, data, loss).total, priced.total.detach())
     flat = dl.measure.flatness(net, data, loss, directions=1, seed=0)
     assert flat.base == pytest.approx(expected, rel=1e-6)
 

@@ -104,7 +104,7 @@ def penalty(  # noqa: PLR0913  # the last five are keywords with defaults
     source, used_seed = None, None
     if method in _DRAWS:
         source, used_seed = private_generator(generator, seed, device_of(model, inputs))
-    batches = streamed(inputs, targets, model)
+    batches = streamed(inputs, targets, model, loss)
     if batches is None:
         return asked.priced(inputs, targets, torch.is_grad_enabled(), source, used_seed)
     found = []
