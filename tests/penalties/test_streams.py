@@ -205,6 +205,17 @@ def test_parts_of_a_batch_are_the_batch(monkeypatch):
     torch.testing.assert_close(kept.total.detach(), whole.total)
 
 
+def test_a_part_may_hold_no_label_that_counts(monkeypatch):
+    net, given = deep_network(), {"targets": torch.where(torch.arange(len(x)) < 3, labels, -100)}
+    with torch.no_grad():
+        whole = dl.penalty(net, x, cross_entropy, **given)
+        monkeypatch.setattr("droplens.penalties._noise._HELD_NUMBERS", 1)  # example by example
+        parts = dl.penalty(net, x, cross_entropy, **given)
+    torch.testing.assert_close(parts.per_example, whole.per_example)
+    assert (parts.per_example[3:] == 0).all()
+    assert parts.divisor == whole.divisor == 3
+
+
 def test_examples_that_lie_along_another_axis_are_not_parted(monkeypatch):
     class First(nn.Module):  # as many positions as examples, and positions come first
         def __init__(self):

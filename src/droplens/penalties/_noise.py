@@ -101,20 +101,33 @@ def open_network(
     """
     keep_freed_memory()
     check_inputs(inputs)
+    outputs, network = _unweighed(model, inputs, family, names, keep)
+    if targets is not None:
+        family.check_targets(outputs, targets)
+    divisor = family.divisor(outputs.detach(), targets)
+    return replace(network, weights=family.weights(outputs, targets), divisor=divisor)
+
+
+def _unweighed(
+    model: nn.Module, inputs: Any, family: Family, names: Sequence[str] | None, keep: bool
+) -> tuple[Tensor, Network]:
+    """The outputs, and the network as if all terms counted alike.
+
+    Raises:
+        ValueError: as `open_network`, but for inputs and targets.
+    """
     _check_norms(model)
     opened = _without_cut(model, inputs, open_gates(model, inputs, names))
     check_outputs(model, opened.outputs)
     _check_names(names, opened)
-    if targets is not None:
-        family.check_targets(opened.outputs, targets)
     f = family.natural(opened.outputs)
-    weights = family.weights(opened.outputs, targets)
     sources, mixing = _sources(f, opened, keep)
     if names is not None and mixing:
         raise ValueError(next(iter(mixing.values())))
-    divisor = family.divisor(opened.outputs.detach(), targets)
     unmeasured = {**opened.unmeasured, **mixing}
-    return Network(family, f, weights, sources, unmeasured, divisor, _notes(model, sources))
+    weights = f.new_ones(f.shape[:2])
+    network = Network(family, f, weights, sources, unmeasured, None, _notes(model, sources))
+    return opened.outputs, network
 
 
 _RUNNING = (
@@ -186,9 +199,8 @@ def opened_in_parts(
     size = math.ceil(n / math.ceil(numbers / limit))  # parts alike
     for start in range(0, n, size):
         rows = slice(start, start + size)
-        own = None if targets is None else targets[rows]
         try:
-            part = open_network(model, rows_of(inputs, rows), family, own, names)
+            _, part = _unweighed(model, rows_of(inputs, rows), family, names, keep)
         except (ForwardError, ValueError):
             break  # a forward that knows this many examples only
         if not _same(part.f, f[rows]):
