@@ -36,7 +36,9 @@ class SpectralDensity:
             averaged over an entry may come out below 0, within its error.
         width: standard deviation of the normal bump that stands for an eigenvalue.
         trace: Σ λ.
-        negative: Σ of the negative eigenvalues, part of the trace.
+        negative: Σ of the negative eigenvalues, part of the trace. Where masks are averaged over,
+            the kink at 0 is seen no finer than the bumps, and what is finer keeps the bias of few
+            draws: with many eigenvalues near 0 it comes out too large, and its error does not tell.
         quadrature: nodes and weights, from which any tr f(M) can be had.
         matrix: "hessian" or "fisher".
         masks: "off", "fixed" or "expected", as for `flatness`.
