@@ -101,6 +101,8 @@ def softplus_excess(a: Tensor, variance: Tensor) -> Tensor:
     for chosen, rule in ((exponential, _far), (wide, _wide), (~exponential & ~wide, _narrow)):
         # Found once: indexing by a mask looks for its places every time.
         places = chosen.flatten().nonzero().squeeze(1)
+        if len(places) == len(flat):
+            return rule(a, variance)
         if len(places):
             found = rule(*(t.flatten().index_select(0, places) for t in (a, variance)))
             flat = flat.index_copy(0, places, found)

@@ -115,7 +115,8 @@ class Categorical(Family):
             return spread
         # Classes that the noise never carries near the top do not meet.
         meet = ((reached(d, variance) > _FAR).sum(-1) > 2).nonzero().squeeze(1)
-        d, top, covariance = (t.index_select(0, meet) for t in (d, top, covariance))
+        if len(meet) < len(d):
+            d, top, covariance = (t.index_select(0, meet) for t in (d, top, covariance))
         lifted = F.pad(covariance_factor(covariance), (0, 0, 0, 1))
         lifted = lifted - lifted.gather(1, top.unsqueeze(-1).expand(-1, -1, m))
         points = normal_points(m, max(POINTS, 2 * m)).to(f)
