@@ -63,6 +63,14 @@ def dense(model, x, v, connection, loss, average=None):
     return dense_curvature(z, metric, theta, flat)
 
 
+@pytest.fixture(params=["formed", "in products"])
+def jacobian(request, monkeypatch):
+    """How J enters the solves: as a matrix where few numbers move, else by its products alone."""
+    if request.param == "in products":
+        monkeypatch.setattr(_curvature, "_FORMED", 0)
+
+
+@pytest.mark.usefixtures("jacobian")
 @pytest.mark.parametrize("activation", [nn.Tanh, nn.ReLU])
 @pytest.mark.parametrize("connection", ["e", "m"])
 @pytest.mark.parametrize("name", ["ce", "mse"])
@@ -145,6 +153,7 @@ def test_copied_inputs_change_nothing_and_scale_free_values_forget_the_outputs_s
     assert scaled.scale_free.value == pytest.approx(mse.scale_free.value, rel=1e-8)
 
 
+@pytest.mark.usefixtures("jacobian")
 @pytest.mark.parametrize("draws", [None, 4])
 def test_pieces_and_loaders_change_nothing(draws, monkeypatch):
     model, x = network(), points()
@@ -177,6 +186,7 @@ def enumerated(model, x, connection):
     return average
 
 
+@pytest.mark.usefixtures("jacobian")
 @pytest.mark.parametrize("connection", ["e", "m"])
 @pytest.mark.parametrize(("draws", "masks_named"), [(1, "fixed"), (4, "averaged")])
 def test_the_average_over_given_masks_equals_the_dense_one(connection, draws, masks_named):
@@ -278,6 +288,7 @@ class Stubborn(nn.Module):
         return self.inner(x @ torch.eye(2))
 
 
+@pytest.mark.usefixtures("jacobian")
 def test_a_model_that_refuses_double_is_measured_in_its_own_precision():
     v = step(network())
     inner = {f"inner.{name}": part for name, part in v.items()}

@@ -24,8 +24,6 @@ from droplens.measure._coordinates import Connection
 _EXAMPLES: Final = 64
 _SLICE: Final = 24
 _DIRECTIONS: Final = 40
-# Every mask is a network: with as many directions as without them, a page would take minutes.
-_MASKED_DIRECTIONS: Final = 4
 _MASKS: Final = 16
 
 
@@ -65,7 +63,7 @@ def _curved(on: Subject) -> Curvatures:
             inputs,
             on.loss,
             connection,
-            _DIRECTIONS if draws is None else _MASKED_DIRECTIONS,
+            _DIRECTIONS,
             draws,
             parameters=slice_size,
             seed=on.seed,

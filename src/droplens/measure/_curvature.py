@@ -23,6 +23,9 @@ from droplens.randomness import private_generator
 
 # What single precision can be asked for, where a model refuses double.
 _COARSE: Final = 1e-4
+# Of so few columns, and numbers, J is formed: one solve takes more products than it has columns.
+_FORMED: Final = 64
+_MOST_FORMED: Final = 2**22
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,8 @@ def curvature(  # noqa: PLR0913  # the last three are keywords with defaults
     """How the manifold of a network's predictions on `inputs` bends as its weights move (P3).
 
     The predictions on all inputs are one point z; along v in the weights it has velocity d = Jv and
-    acceleration a = D²z[v, v], by jvp of jvp. a is split on the span of J by LSMR (theory §4).
+    acceleration a = D²z[v, v], by jvp of jvp. a is split on the span of J by LSMR (theory §4),
+    with J formed once where no more than 64 numbers move.
     Second derivatives of kinks (ReLU) are those almost everywhere. In double precision where the
     model allows it; norm layers are in eval.
 
@@ -231,12 +235,17 @@ class _Network(TangentMap):
         self._metric: Metric = metric_at(predictor.family, z, predictor.connection, plain, scale)
         self._shape = z.shape
         self.length = float(self._metric.weigh(z - z.mean(0)).norm())
-        self._held = self._hold()
+        self._formed = self._form()
+        self._held = self._hold() if self._formed is None else None
 
     def push(self, w: Tensor) -> Tensor:
+        if self._formed is not None:
+            return self._formed @ w.to(self._formed)
         return self._weighed(self._forwards(lambda point: point, w)[1])
 
     def pull(self, u: Tensor) -> Tensor:
+        if self._formed is not None:
+            return self._formed.mT @ u.to(self._formed)
         cotangent = self._metric.unweigh(u.to(self._theta).view(self._shape)) / len(self._draws)
         if self._held is not None:
             found: tuple[Tensor] = self._held(cotangent)
@@ -305,6 +314,14 @@ class _Network(TangentMap):
         f, z = torch.cat(fs), torch.cat(zs)
         check_outputs(self._predictor.model, f)
         return f, z
+
+    def _form(self) -> Tensor | None:
+        """J, (m, size), where it is narrow enough: every direction's solve then uses the same."""
+        if self.size > _FORMED or self.size * self._shape.numel() > _MOST_FORMED:
+            return None
+        units = torch.eye(self.size).to(self._theta)
+        columns = [self._weighed(self._forwards(lambda point: point, e)[1]) for e in units]
+        return torch.stack(columns, 1)
 
     def _hold(self) -> Any:
         """The reverse pass where there is but one, kept: one graph, as in training.

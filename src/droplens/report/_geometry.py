@@ -75,8 +75,7 @@ def _curved(sets: Mapping[str, Sequence[Curvatures]], unit: str) -> Section:
         "Curvature of the manifold of predictions",
         f"{first.examples} examples with {one.outputs} free outputs; "
         f"{sum(one.parameters.values())} weights drawn at random may move; errors are over "
-        f"{len(one.values)} directions among them{_few(sets)} (over networks where there are "
-        "several).",
+        f"{len(one.values)} directions among them (over networks where there are several).",
     )
     figure = bars(
         values,
@@ -86,17 +85,6 @@ def _curved(sets: Mapping[str, Sequence[Curvatures]], unit: str) -> Section:
         caption="How the curve bends out of what the weights reach to first order.",
     )
     return Section("How curved is the manifold of predictions?", _CURVED_TEXT, [table, figure])
-
-
-def _few(sets: Mapping[str, Sequence[Curvatures]]) -> str:
-    """Over how many directions the averages over masks were taken, if any were."""
-    averaged = [c for found in sets.values() for own in found for c in own.averaged.values()]
-    if not averaged:
-        return ""
-    return (
-        f", with masks over the first {len(averaged[0].values)}, because masks take longer: "
-        "curvatures are skewed, and a 95% interval over so few covers less than it says"
-    )
 
 
 def _curvature_cells(each: Sequence[Curvature]) -> tuple[Any, ...]:
