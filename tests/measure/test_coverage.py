@@ -299,7 +299,7 @@ def test_the_largest_expected_eigenvalue():
     assert_covers(run, truth)
 
 
-@pytest.mark.xfail(reason="they are biased upwards by O(1/draws), as `hessian` says")
+@pytest.mark.xfail(reason="some are nearer to each other than their errors, as `hessian` says")
 @pytest.mark.parametrize("name", EXPECTED)
 def test_the_largest_expected_eigenvalues(monkeypatch, name):
     model, data, H = written(monkeypatch, dense_hessian, name)

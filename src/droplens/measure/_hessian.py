@@ -37,7 +37,9 @@ class Hessian:
             2023). Unlike the trace it stays when a ReLU unit's incoming weights grow and its
             outgoing ones shrink by one factor.
         top_eigenvalues: the algebraically largest, falling, float64; with "expected", of the mean
-            over the draws, which are biased upwards by O(1/draws).
+            over the draws, which are biased upwards by O(1/draws). Eigenvalues nearer to each other
+            than a few of their errors are not told apart, and 95% intervals of such ones held them
+            91 to 99 times in 100; many draws tell them apart.
         standard_errors: of `top_eigenvalues` over masks, to first order: that of qᵀH(mask)q; 0
             where the masks are not averaged over.
         residuals: ‖Hq − λq‖ of each eigenpair with ‖q‖ = 1; an eigenvalue is off by at most that.
