@@ -18,7 +18,10 @@ OVERWRITTEN = (
 
 
 def pull_back(
-    f: Tensor, cotangent: Tensor, tensors: Sequence[Tensor], create_graph: bool = False
+    f: Tensor | GradientEdge,
+    cotangent: Tensor,
+    tensors: Sequence[Tensor],
+    create_graph: bool = False,
 ) -> tuple[Tensor, ...]:
     """Jᵀ·cotangent: one backward pass from f (n, T, C) to each of `tensors`, of their shapes.
 

@@ -216,7 +216,7 @@ class _WithLaw:
             )
         gate = replace(source.gate, law=self.law)
         check_law_along(gate, source.layout)
-        return Units(gate, source.layout, source.alike)
+        return Units(gate, source.layout, source.last)
 
 
 def _root(cost_at: CostAt, cost: float) -> float:

@@ -6,6 +6,7 @@ from typing import Any, final
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 
 from droplens.gates import Gate
 from droplens.masks import Bernoulli, Covariance, Gaussian
@@ -167,8 +168,8 @@ def leads_back(f: Tensor, tensors: Sequence[Tensor]) -> list[bool]:
 _ROWS_OF = {"AddmmBackward0": 1, "MmBackward0": 0}
 
 
-def read_last(f: Tensor, tap: Tensor) -> bool:
-    """Whether f (n, 1, C) is what a linear layer makes of the units with this tap, and no more.
+def read_last(f: Tensor, tap: Tensor) -> GradientEdge | None:
+    """Where the units with this tap lie in the graph, if f (n, 1, C) is linear in them alone.
 
     All examples then have the same ∂f/∂units. Other graphs that have it may not be recognised.
     """
@@ -177,13 +178,14 @@ def read_last(f: Tensor, tap: Tensor) -> bool:
         ((layer, _),) = layer.next_functions
     place = _ROWS_OF.get(_kind(layer))
     if place is None:
-        return False
+        return None
     nodes: list[Any] = [node for node, _ in layer.next_functions]
     read = nodes.pop(place)
     weights = [node.next_functions[0][0] if _kind(node) == "TBackward0" else node for node in nodes]
     if any(node is not None and _kind(node) != "AccumulateGrad" for node in weights):
-        return False
-    return _kind(read) == "AddBackward0" and any(n is tap.grad_fn for n, _ in read.next_functions)
+        return None
+    tapped = _kind(read) == "AddBackward0" and any(n is tap.grad_fn for n, _ in read.next_functions)
+    return GradientEdge(read, 0) if tapped else None
 
 
 def _kind(node: Any) -> str:

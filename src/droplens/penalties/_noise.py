@@ -16,7 +16,7 @@ from droplens.gates import Opened, draw_masks, masks_replaced, open_gates
 from droplens.losses import Family
 from droplens.penalties._layout import layouts, leads_back
 from droplens.penalties._sources import Source, source_of, tensors_of
-from droplens.products import term_jacobian
+from droplens.products import pull_back, term_jacobian
 
 # Numbers of Jacobians held at once where no graph is kept: a few of a training step's activations.
 _HELD_NUMBERS = 7 << 20
@@ -301,7 +301,35 @@ def terms(network: Network, create_graph: bool) -> Iterator[Term]:
     f = network.f
     contrasts = network.family.contrasts(f)
     for term in range(f.shape[1] if network.sources else 0):
-        stacks = None if create_graph else network.room(len(contrasts))
-        scores = term_jacobian(f, term, contrasts, network.tensors, network.scores, stacks)
+        scores: Sequence[Tensor]
+        if create_graph:
+            scores = term_jacobian(f, term, contrasts, network.tensors, network.scores)
+        else:
+            scores = _jacobian(network, term, contrasts)
         here = f[:, term] if create_graph else f[:, term].detach()
         yield Term(here, network.weights[:, term], scores)
+
+
+def _jacobian(network: Network, term: int, contrasts: Tensor) -> list[Tensor]:
+    """Scores of one term without a graph.
+
+    Where the outputs are linear in the units of a site alone, their gradient is one for all
+    examples: one pass finds it for all contrasts, and the passes begin there.
+    """
+    f, stacks = network.f, network.room(len(contrasts))
+    last = next((source for source in network.sources if source.last is not None), None)
+    if last is None or last.last is None or len(f) < len(contrasts):
+        term_jacobian(f, term, contrasts, network.tensors, network.scores, stacks)
+        return stacks
+    (tap,), edge = last.tensors, last.last
+    cotangent = torch.zeros_like(f)
+    cotangent[: len(contrasts), term] = contrasts  # a contrast an example
+    (found,) = pull_back(f, cotangent, [tap])
+    others = [tensor for tensor in network.tensors if tensor is not tap]
+    for k, stack in enumerate(zip(*stacks, strict=True)):
+        alike = found[k].expand_as(tap)
+        pulled = iter(pull_back(edge, alike, others) if others else ())
+        gradients = [alike if tensor is tap else next(pulled) for tensor in network.tensors]
+        network.scores(gradients, stack)
+        del gradients, pulled  # so that the next pass writes where this one did
+    return stacks

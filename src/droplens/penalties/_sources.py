@@ -14,6 +14,7 @@ from typing import final
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 from torch.utils.checkpoint import checkpoint
 
 from droplens._gram import gram
@@ -53,6 +54,8 @@ class Source(ABC):
     name: str
     law: Law
     tensors: tuple[Tensor, ...]
+    # Where the units lie in the graph, if the outputs are linear in them alone.
+    last: GradientEdge | None = None
 
     @abstractmethod
     def quadratics(self, gradients: Sequence[Tensor], n: int) -> Tensor:
@@ -142,19 +145,20 @@ def source_of(gate: Gate, found: Sequence[Layout | None], f: Tensor, keep: bool)
     check_law_along(gate, known[0])
     units = gate.units if keep else gate.units.detach()
     few = f.shape[-1] ** 2 * (units.numel() // len(f)) <= _CHUNK_NUMBERS  # in pairs of contrasts
-    return Units(replace(gate, units=units), known[0], alike=few and read_last(f, gate.tap))
+    last = read_last(f, gate.tap) if few else None
+    return Units(replace(gate, units=units), known[0], last)
 
 
 @final
 class Units(Source):
     """Coins on activations."""
 
-    def __init__(self, gate: Gate, layout: Layout, alike: bool) -> None:
-        self.gate, self.layout = gate, layout
+    def __init__(self, gate: Gate, layout: Layout, last: GradientEdge | None) -> None:
+        self.gate, self.layout, self.last = gate, layout, last
         self.name, self.law, self.tensors = gate.name, gate.law, (gate.tap,)
         self.h = layout.rows(gate.units)
         # One gradient serves all examples, if nothing is summed over units before it is squared.
-        self.alike = alike and isinstance(gate.law, Bernoulli | Gaussian)
+        self.alike = last is not None and isinstance(gate.law, Bernoulli | Gaussian)
 
     def quadratics(self, gradients: Sequence[Tensor], n: int) -> Tensor:
         """Rows beyond n have coins of their own, so they add up."""
