@@ -1,8 +1,6 @@
 """The gap explained over the processes of torch.distributed."""
 
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -10,6 +8,7 @@ from torch import nn
 
 from droplens.estimates import Estimate
 from tests.dynamics.test_explain import cross_entropy, explain
+from tests.processes import both
 from tests.reference_dynamics import network
 
 WORKER = """
@@ -59,18 +58,7 @@ def numbers(found):
 
 def test_two_processes_hold_the_whole(tmp_path):
     """1 and 3 training, 4 and 2 validation examples; both end with the numbers of all."""
-    script = tmp_path / "worker.py"
-    script.write_text(WORKER)
-    places = [str(tmp_path / "store"), str(tmp_path / "out")]
-    command = [
-        sys.executable,
-        "-c",
-        f"import sys; sys.path[:0] = ['.']; exec(open({str(script)!r}).read())",
-    ]
-    workers = [subprocess.Popen([*command, str(rank), *places]) for rank in (0, 1)]
-    assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
-    first, second = (torch.load(f"{places[1]}{rank}", weights_only=True) for rank in (0, 1))
-    assert first == second
+    first = both(WORKER, tmp_path)
     for name, loss in LOSSES.items():
         whole = numbers(explain(network(), loss, 200, seed=9))
         assert list(first[name]) == list(whole)

@@ -1,8 +1,6 @@
 """Penalties and decompositions over loaders, in little memory, and over processes."""
 
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -13,6 +11,7 @@ import droplens as dl
 from droplens.estimates import Estimate
 from tests.penalties.test_decompose import truth
 from tests.penalties.test_penalty import cross_entropy, deep_network, labels, x
+from tests.processes import both
 
 weighted = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 0.5, 3.0], dtype=torch.float64))
 summed = nn.CrossEntropyLoss(reduction="sum")
@@ -155,18 +154,7 @@ os._exit(0)
 
 def test_two_processes_hold_the_whole(tmp_path):
     """2 examples here, 3 there; both end with the numbers of all 5."""
-    script = tmp_path / "worker.py"
-    script.write_text(WORKER)
-    places = [str(tmp_path / "store"), str(tmp_path / "out")]
-    command = [
-        sys.executable,
-        "-c",
-        f"import sys; sys.path[:0] = ['.']; exec(open({str(script)!r}).read())",
-    ]
-    workers = [subprocess.Popen([*command, str(rank), *places]) for rank in (0, 1)]
-    assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
-    first, second = (torch.load(f"{places[1]}{rank}", weights_only=True) for rank in (0, 1))
-    assert first == second
+    first = both(WORKER, tmp_path)
     net = deep_network()
     for name, loss in LOSSES.items():
         for method in ("gaussian", "second_order"):
