@@ -150,6 +150,8 @@ def test_auxiliary_outputs_of_train_mode_are_left_out():
     assert found.base.value == pytest.approx(cross_entropy(net.eval()(x), labels).item())
     assert found.gap.standard_error > 0
     assert dl.penalty(net, x, cross_entropy).total > 0
+    both = dl.compare({"a": net, "b": Auxiliary().double()}, (x, labels), cross_entropy, seed=0)
+    assert both.sets["a"][0].base == pytest.approx(found.base.value)
 
 
 def test_several_outputs_in_eval_too_are_refused():

@@ -34,7 +34,7 @@ def guarded(model: nn.Module) -> Iterator[None]:
 # from the batch, and a randomized leaky ReLU draws slopes.
 KEPT_IN_EVAL = (_NormBase, nn.RReLU)
 # torch's own that drop units by a flag of theirs, or pass over their dropouts in eval.
-_DROPPING = (
+DROPPING = (
     nn.modules.dropout._DropoutNd,
     nn.RNNBase,
     nn.MultiheadAttention,
@@ -53,5 +53,5 @@ def switch_on(model: nn.Module) -> None:
     """
     for module in model.modules():
         of_torch = type(module).__module__.startswith("torch.nn.")
-        idle = of_torch and not isinstance(module, _DROPPING)
+        idle = of_torch and not isinstance(module, DROPPING)
         module.training = not (idle or isinstance(module, KEPT_IN_EVAL))

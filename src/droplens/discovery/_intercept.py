@@ -25,7 +25,7 @@ from droplens.discovery._composites import (
     rate,
     recur,
 )
-from droplens.discovery._guard import guarded, switch_on
+from droplens.discovery._guard import DROPPING, guarded, switch_on
 from droplens.discovery._registry import Masking, masking_of
 from droplens.masks import Bernoulli, Law, Weight
 
@@ -309,7 +309,7 @@ def switched(
             own = tracker.drawing.copy()
             tracker.drawing.clear()
             if isinstance(outputs, tuple | list):  # auxiliary outputs, which eval may not have
-                own.add(module)
+                own.update(m for m in module.modules() if not isinstance(m, DROPPING))
             own = {m for m in own - tracker.dropping if m.training}
             if not own:
                 return None

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from droplens.batches import Batches, everything
-from droplens.calling import predictions
+from droplens.calling import call, one_tensor, predictions
 from droplens.gates import masks_off
 from droplens.inspection._sizes import targets_of
 from droplens.losses import family as family_of
@@ -26,9 +26,11 @@ class Scaled(nn.Module):
         self.network = network
         self.scale = scale
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-        """τ·f(x)."""
-        return self.scale * predictions(self.network, kwargs or args)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """τ·f(x); several outputs as they are, which the pass is then run again without."""
+        outputs = call(self.network, kwargs or args)
+        several = isinstance(outputs, tuple | list)
+        return outputs if several else self.scale * one_tensor(outputs)
 
 
 def scaled_loss(outputs: Sequence[tuple[Tensor, Tensor]], loss: nn.Module, scale: float) -> float:
