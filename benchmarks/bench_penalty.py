@@ -9,6 +9,13 @@ from torch import nn
 
 import droplens as dl
 from benchmarks._memory import peak
+from benchmarks._passes import (
+    bare_passes,
+    mapped_passes,
+    passes,
+    unfolded_passes,
+    weight_passes,
+)
 from benchmarks._timing import ratio, row, seconds
 from benchmarks.networks import NETWORKS, set_rate
 from droplens.data import digits
@@ -16,9 +23,10 @@ from droplens.demonstration import trained
 from droplens.gates import draw_masks, masks_replaced
 
 loss = nn.CrossEntropyLoss()
-# Passes that sum a kernel's gradient over examples make no example's own, which its noise is made
-# of: the same arithmetic, but in one large product instead of a small one an example. What is
-# reached over those, beside the limit over passes to every example's own weights.
+# A site's gates are every example's own. Where a weight is masked, the passes to them make every
+# example's own gradient, which its noise is made of: of kernels that takes twice as long as their
+# sum over examples, in either of the ways in use. The limit is over those; over the passes to the
+# sums, which serve no noise, these are no more than what is reached.
 KERNELS = {"small CNN": 2.5, "small ResNet": 3}
 BARE = "over one forward + C backward passes to the first site"
 TO_GATES = "over one forward + C backward passes to gates"
@@ -28,66 +36,6 @@ EXAMPLES = {"MLP": 4096, "small CNN": 2048, "small ResNet": 1024, "4-layer trans
 
 def plain_step(net, x, y):
     loss(net(x), y).backward()
-
-
-def passes(net, x):
-    """One forward and C backward passes to gates of ones at all sites."""
-    gates = []
-
-    def visit(call, units):
-        gates.append(torch.ones_like(units, requires_grad=True))
-        return units * gates[-1]
-
-    with masks_replaced(net, visit):
-        outputs = net(x)
-    pull_back(outputs, gates)
-
-
-def bare_passes(net, x):
-    """One forward without masks and C backward passes to where the first site lies: nothing else.
-
-    Attention drops inside, so the passes go on to what enters it.
-    """
-    met, training = [], net.training
-    kinds = (nn.Dropout, nn.Dropout2d, nn.MultiheadAttention)
-    hooks = [
-        module.register_forward_pre_hook(lambda _, inputs: met.append(inputs[0]))
-        for module in net.modules()
-        if isinstance(module, kinds)
-    ]
-    outputs = net.eval()(x)
-    pull_back(outputs, met[:1])
-    for hook in hooks:
-        hook.remove()
-    net.train(training)
-
-
-def weight_passes(net, x):
-    """One forward without masks and C backward passes to all weights: where DropConnect drops."""
-    weights = [module.weight for module in net.modules() if type(module) in (nn.Linear, nn.Conv2d)]
-    pull_back(net.eval()(x), weights)
-
-
-def own_weight_passes(net, x):
-    """One forward and C backward passes to weights of every example's own: its noise's Jacobian."""
-    own = {
-        f"{name}.weight": module.weight.detach().expand(len(x), *module.weight.shape)
-        for name, module in net.eval().named_modules()
-        if type(module) in (nn.Linear, nn.Conv2d)
-    }
-    own = {name: weight.requires_grad_() for name, weight in own.items()}
-
-    def outputs(weights, example):
-        return torch.func.functional_call(net, weights, (example.unsqueeze(0),)).squeeze(0)
-
-    pull_back(torch.func.vmap(outputs)(own, x), list(own.values()))
-
-
-def pull_back(outputs, tensors):
-    for c in range(outputs.shape[1]):
-        cotangent = torch.zeros_like(outputs)
-        cotangent[:, c] = 1
-        torch.autograd.grad(outputs, tensors, cotangent, retain_graph=True)
 
 
 def value(net, x, method):
@@ -154,7 +102,8 @@ def drop_connected(name):
             dl.nn.drop_connect(module, "weight", 0.3)
     for method in ("gaussian", "second_order"):
         for reference, what, limit in (
-            (own_weight_passes, "to every example's own weights", 1.5),
+            (mapped_passes, "to every example's own weights, mapped", 1.5),
+            (unfolded_passes, "to every example's own weights, unfolded", 1.5),
             (weight_passes, "to the weights, summed over examples", KERNELS.get(name, 1.5)),
         ):
             measured = ratio(lambda m=method: value(net, x, m), lambda r=reference: r(plain, x), 5)
