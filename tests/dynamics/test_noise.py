@@ -1,7 +1,6 @@
 """Gradient noise and its alignment with the Hessian, against sums over all masks."""
 
 import math
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -10,12 +9,18 @@ from torch import nn
 
 import droplens as dl
 from droplens.batches import Batch
-from droplens.dynamics import _alignment, _pairs, noise_alignment
+from droplens.dynamics import _alignment, _groups, _noise, noise_alignment
 from droplens.dynamics._masked import MaskedLoss
-from droplens.dynamics._noise import noise_on
 from droplens.gates import masks_off
 from tests.discovery.test_sites import assert_same_state, state_of
-from tests.reference_dynamics import covariance, dense_hessian, gradients, network, randn
+from tests.reference_dynamics import (
+    WrittenLoss,
+    covariance,
+    dense_hessian,
+    gradients,
+    network,
+    randn,
+)
 
 x, labels = randn(2, 2), torch.tensor([0, 1])
 loss = nn.CrossEntropyLoss()
@@ -36,7 +41,7 @@ def test_traces_jointly_and_by_site():
             mean = weights @ all_gradients
             assert abs(z(found.signal, mean @ mean)) <= 4
     assert found.parameters == all_gradients.shape[1]
-    assert found.trace.n == 250
+    assert found.trace.n == 100  # groups of five
 
 
 def test_one_site_alone_is_all_together_and_chosen_sites_are_listed():
@@ -158,43 +163,37 @@ def test_bad_arguments_are_named(arguments, message):
         noise_alignment(network(), x, labels, loss, **arguments)
 
 
-class Written:
-    """A loss under masks whose gradients, of every mask at every choice of sites, are written out.
-
-    It stands for `MaskedLoss`; masks are told by the names of the sites that drop.
-    """
-
-    def __init__(self, tables):
-        self._tables, self._table, self._source = tables, None, None
-        self.lawful = [name for names in tables if len(names) == 1 for name in names]
-        self.parameters, self.examples, self.unmeasured = [], 1, {}
-
-    def is_idle(self, names):
-        return False
-
-    @contextmanager
-    def under(self, masks):
-        self._source, names = masks
-        self._table = self._tables[frozenset(names)]
-        yield
-
-    def gradient(self):
-        weights, losses, found = self._table
-        drawn = int(torch.multinomial(weights, 1, generator=self._source))
-        return losses[drawn], (found[drawn],)
+@pytest.mark.parametrize("draws", [4, 12, 40, 50, 60])
+def test_a_group_gives_what_all_its_pairs_give(monkeypatch, draws):
+    """Equal groups of 2 to 5 draws, every pair within them in the mean."""
+    rows = randn(draws, 7, seed=draws) + 3
+    table = torch.ones(draws, dtype=torch.float64), torch.arange(float(draws)), rows
+    written, order = WrittenLoss({frozenset("a"): table}), iter(range(draws))
+    monkeypatch.setattr(_groups, "fresh_masks", lambda source, names: (source, names))
+    written.gradient = lambda: (float(k := next(order)), (rows[k, :3], rows[k, 3:]))
+    found = _groups.groups_of(written, "a", draws, None)
+    size = draws // len(found.loss)
+    assert size == {4: 2, 12: 2, 40: 4, 50: 5, 60: 5}[draws]
+    for k, group in enumerate(rows.split(size)):
+        gram = group @ group.mT
+        signal = (gram.sum() - gram.trace()) / (size * (size - 1))
+        assert float(found.signal[k]) == pytest.approx(float(signal), rel=1e-12)
+        assert float(found.noise[k]) == pytest.approx(float(group.var(0).sum()), rel=1e-12)
+        assert float(found.loss[k]) == (k * size + (size - 1) / 2)
 
 
 @pytest.mark.slow
-def test_intervals_cover_the_truth_at_their_level(monkeypatch):
-    """1,000 repeats of 200 draws: each 95% interval holds the enumerated truth in 93–97%.
+@pytest.mark.parametrize("examples", [1, 2])
+def test_intervals_cover_the_truth_at_their_level(monkeypatch, examples):
+    """1,000 repeats of the default draws: each 95% interval holds the enumerated truth in 93–97%.
 
-    Of both sites together, and of each alone. Of 100 draws of a single example's masks the signal's
-    held it in 92%: few products of gradients are skewed.
+    Of both sites together, and of each alone.
     """
     net = network(sites=2)
-    tables = {}
-    for names in (("2", "5"), ("2",), ("5",)):
-        tables[frozenset(names)] = gradients(net, x, labels, loss, only=names)
+    tables = {
+        frozenset(names): gradients(net, x[:examples], labels[:examples], loss, only=names)
+        for names in (("2", "5"), ("2",), ("5",))
+    }
     traces = {
         names: float(covariance(weights, found).trace())
         for names, (weights, _, found) in tables.items()
@@ -202,11 +201,11 @@ def test_intervals_cover_the_truth_at_their_level(monkeypatch):
     both = frozenset(("2", "5"))
     weights, _, found = tables[both]
     mean = weights @ found
-    monkeypatch.setattr(_pairs, "fresh_masks", lambda source, names: (source, names))
+    monkeypatch.setattr(_groups, "fresh_masks", lambda source, names: (source, names))
+    monkeypatch.setattr(_noise, "MaskedLoss", lambda *_: WrittenLoss(tables))
     held = dict.fromkeys(("trace", "signal", "2", "5"), 0)
     for seed in range(1000):
-        source = torch.Generator().manual_seed(seed)
-        result = noise_on(Written(tables), 200, ["2", "5"], source, seed)
+        result = dl.gradient_noise(net, x, labels, loss, seed=seed)
         rows = [
             ("trace", result.trace, traces[both]),
             ("signal", result.signal, float(mean @ mean)),

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from droplens.dynamics._affine import is_affine
+from droplens.dynamics._groups import groups_of, mean_over_groups
 from droplens.dynamics._masked import MaskedLoss, batches_of, check_draws, check_learning_rate
-from droplens.dynamics._pairs import mean_over_pairs, pairs_of
 from droplens.estimates import Estimate, exact
 from droplens.losses import Family
 from droplens.losses import family as family_of
@@ -19,7 +19,7 @@ from droplens.randomness import private_generator
 
 @dataclass(frozen=True)
 class ModifiedLoss:
-    """R_S + R_1 + R_2 and its terms, in units of the loss; standard errors over pairs of masks.
+    """R_S + R_1 + R_2 and its terms, in units of the loss; standard errors over groups of masks.
 
     Args:
         risk: R_S, the loss without dropout (exact).
@@ -57,7 +57,7 @@ def modified_loss(
     targets: Tensor | None,
     loss: Any,
     learning_rate: float,
-    draws: int = 100,
+    draws: int = 200,
     *,
     generator: torch.Generator | None = None,
     seed: int | None = None,
@@ -82,7 +82,7 @@ def modified_loss(
         targets: what the loss compares with; None for a loader, which brings them.
         loss: a loss object; units and reduction are its own.
         learning_rate: ε, the step size of gradient descent on this loss.
-        draws: masks to draw, in pairs: an even number of at least 4; a gradient each.
+        draws: masks to draw: an even number of at least 4; a gradient each.
         generator: where the masks come from; a private one seeded by the system if not given.
         seed: in place of a generator.
 
@@ -106,18 +106,18 @@ def modified_loss(
     lawful = masked.lawful
     idle = masked.is_idle(lawful)
     closed = None if idle else _closed_form(masked, inputs, targets, loss, source)
-    pairs = pairs_of(masked, lawful, 2 if idle else draws, source)
+    groups = groups_of(masked, lawful, 2 if idle else draws, source)
     if closed is None:
-        explicit, dropped = mean_over_pairs(pairs.loss - masked.base, idle), pairs.loss
+        explicit, dropped = mean_over_groups(groups.loss - masked.base, idle), groups.loss
     else:
-        explicit, dropped = exact(closed), torch.full_like(pairs.loss, masked.base + closed)
+        explicit, dropped = exact(closed), torch.full_like(groups.loss, masked.base + closed)
     return ModifiedLoss(
         exact(masked.base),
         explicit,
-        mean_over_pairs(epsilon / 4 * pairs.square, idle),
-        mean_over_pairs(epsilon / 4 * pairs.signal, idle),
-        mean_over_pairs(epsilon / 4 * pairs.noise, idle),
-        mean_over_pairs(dropped + epsilon / 4 * pairs.square, idle),
+        mean_over_groups(epsilon / 4 * groups.square, idle),
+        mean_over_groups(epsilon / 4 * groups.signal, idle),
+        mean_over_groups(epsilon / 4 * groups.noise, idle),
+        mean_over_groups(dropped + epsilon / 4 * groups.square, idle),
         epsilon,
         "masks" if closed is None and not idle else "closed form",
         draws,

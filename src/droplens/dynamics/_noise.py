@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from droplens.dynamics._groups import groups_of, mean_over_groups
 from droplens.dynamics._masked import MaskedLoss, batches_of, check_draws, check_sites
-from droplens.dynamics._pairs import mean_over_pairs, pairs_of
 from droplens.estimates import Estimate, exact
 from droplens.randomness import private_generator
 
@@ -24,7 +24,7 @@ class GradientNoise:
         signal: ‖E_z ∇R(w, z)‖², the squared length of the mean gradient the noise lies on.
         parameters: how many trainable numbers the trace runs over.
         examples: how many the batch, or the batches together, hold.
-        draws: masks drawn for each row, in pairs.
+        draws: masks drawn for each row.
         seed: repeats the draws.
         unmeasured: sites without a law, and why; they were off.
     """
@@ -44,7 +44,7 @@ def gradient_noise(
     inputs: Any,
     targets: Tensor | None,
     loss: Any,
-    draws: int = 100,
+    draws: int = 200,
     *,
     sites: Collection[str] | None = None,
     generator: torch.Generator | None = None,
@@ -52,9 +52,11 @@ def gradient_noise(
 ) -> GradientNoise:
     """Trace of the covariance that dropout gives the gradient of this batch (theory §3.3; P5).
 
-    tr Σ, Σ = Cov_z ∇R(w, z), from pairs of independent masks: ½‖∇R(z′) − ∇R(z″)‖² is unbiased for
-    it and ∇R(z′)ᵀ∇R(z″) for ‖E ∇R‖². Averaging the loss over m masks a step divides Σ by m
-    (`dynamics.averaged`). The batch counts: masks are drawn per example, so Σ falls as 1/n.
+    tr Σ, Σ = Cov_z ∇R(w, z), from groups of independent masks: ½‖∇R(z′) − ∇R(z″)‖² over the pairs
+    of a group is unbiased for it and ∇R(z′)ᵀ∇R(z″) for ‖E ∇R‖². Averaging the loss over m masks a
+    step divides Σ by m (`dynamics.averaged`). The batch counts: masks are drawn per example, so Σ
+    falls as 1/n. Where a few rare masks make most of a mean (one example at p = 0.8) intervals
+    are too short.
 
     Args:
         model: any torch module; its sites' train-mode laws count, whatever mode it is in, and
@@ -69,7 +71,7 @@ def gradient_noise(
         seed: in place of a generator.
 
     Returns:
-        Estimates with standard errors over pairs of masks, the data held fixed.
+        Estimates with standard errors over groups of masks, the data held fixed.
 
     >>> net = nn.Sequential(nn.Dropout(0.5), nn.Linear(1, 1, bias=False))
     >>> _ = nn.init.ones_(net[1].weight)
@@ -94,18 +96,18 @@ def noise_on(
     """The noise on the gradient of all these batches together."""
     lawful = masked.lawful
     idle = masked.is_idle(lawful)
-    joint = pairs_of(masked, lawful, 2 if idle else draws, source)
-    trace = mean_over_pairs(joint.noise, idle)
+    joint = groups_of(masked, lawful, 2 if idle else draws, source)
+    trace = mean_over_groups(joint.noise, idle)
 
     def at(name: str) -> Estimate:
         if masked.is_idle([name]):
             return exact(0.0)
-        return mean_over_pairs(pairs_of(masked, [name], draws, source).noise)
+        return mean_over_groups(groups_of(masked, [name], draws, source).noise)
 
     return GradientNoise(
         trace,
         {name: trace if lawful == [name] else at(name) for name in alone},
-        mean_over_pairs(joint.signal, idle),
+        mean_over_groups(joint.signal, idle),
         sum(p.numel() for p in masked.parameters),
         masked.examples,
         draws,
