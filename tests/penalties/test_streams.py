@@ -84,6 +84,41 @@ def test_a_loader_gives_the_decomposition_of_all_its_examples(name):
     assert found.gap.value == pytest.approx(found.spread.value + found.shift.value)
 
 
+class Routed(nn.Module):
+    """One of two dropouts, as the batch asks."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.few, self.many = deep_network(), nn.Dropout(0.1), nn.Dropout(0.4)
+
+    def forward(self, inputs):
+        return self.body[6]((self.many if len(inputs) > 1 else self.few)(self.body[:2](inputs)))
+
+
+def test_a_site_that_a_batch_does_not_meet_costs_nothing_there():
+    net, batches = Routed(), list(loader())
+    met = [{site.name for site in dl.sites(net, inputs)} for inputs, _ in batches]
+    assert met == [{"many"}, {"many"}, {"few"}]
+    parts = [
+        dl.decompose(net, *batch, cross_entropy, 100, seed=k) for k, batch in enumerate(batches)
+    ]
+    found = dl.decompose(net, loader(), None, cross_entropy, 100, seed=5)
+    for name in ("few", "many"):
+        own = [(part.divisor / 5, part.by_site[name].gap) for part in parts if name in part.by_site]
+        expected = sum(weight * gap.value for weight, gap in own)
+        error = math.hypot(*(weight * gap.standard_error for weight, gap in own))
+        alone = found.by_site[name].gap
+        assert abs(alone.value - expected) <= 4.5 * math.hypot(error, alone.standard_error)
+        assert alone.standard_error == pytest.approx(error, rel=0.6)
+    seen = dl.inspect(net, loader(), cross_entropy, draws=20, directions=1, seed=0)
+    assert {site.name for site in seen.sites} == {"few", "many"}
+    whole = dl.penalty(net, loader(), cross_entropy)
+    assert {name: cost.gaussian for name, cost in seen.cost.by_site.items()} == pytest.approx(
+        {name: float(value) for name, value in whole.by_site.items()}
+    )
+    assert set(seen.cost.participation) == {"few", "many"}
+
+
 def test_outputs_under_masks_are_drawn_twice_where_they_are_not_held(monkeypatch):
     net = deep_network()
     held = dl.decompose(net, x, labels, cross_entropy, 50, seed=3)

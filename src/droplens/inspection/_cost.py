@@ -15,7 +15,14 @@ from droplens.inspection._attempt import attempt
 from droplens.inspection._sizes import MOST_PASSES, targets_of
 from droplens.inspection._subject import Subject
 from droplens.losses import family as family_of
-from droplens.penalties import Decomposition, Penalty, decompose, penalty, pooled_parts
+from droplens.penalties import (
+    Decomposition,
+    Penalty,
+    decompose,
+    penalty,
+    pooled_by_site,
+    pooled_parts,
+)
 from droplens.penalties._penalty import Method
 from droplens.penalties._pooling import merged
 
@@ -101,18 +108,20 @@ def cost_of(subject: Subject, draws: int, generator: torch.Generator) -> Cost:
     summed = subject.loss.reduction == "sum"
     total = sum(batch.norm for batch in found)
     weights = [1.0 if summed else batch.norm / total for batch in found]
-    first = found[0]
     joint = pooled_parts(weights, [batch.parts for batch in found])
-    sites = {}
-    for name in first.parts.by_site:
-        alone = pooled_parts(weights, [batch.parts.by_site[name] for batch in found])
-        sites[name] = SiteCost(
+    sites = {
+        name: SiteCost(
             alone.gap,
             alone.spread,
             alone.shift,
-            _average(weights, [_at(batch.gaussian, name) for batch in found]),
-            _average(weights, [_at(batch.second_order, name) for batch in found]),
+            _average(weights, [_at(batch, batch.gaussian, name) for batch in found]),
+            _average(weights, [_at(batch, batch.second_order, name) for batch in found]),
         )
+        for name, alone in pooled_by_site(weights, [b.parts.by_site for b in found]).items()
+    }
+    participation: dict[str, float] = {}
+    for batch in reversed(found):
+        participation |= {} if batch.gaussian is None else batch.gaussian.participation
     sampled = [b.second_order.standard_error if b.second_order else 0.0 for b in found]
     return Cost(
         exact(_sum(weights, [batch.parts.base.value for batch in found])),
@@ -125,9 +134,14 @@ def cost_of(subject: Subject, draws: int, generator: torch.Generator) -> Cost:
         draws,
         subject.seed,
         merged(
-            [first.parts.unmeasured, first.second_order.unmeasured if first.second_order else {}]
+            reasons
+            for batch in found
+            for reasons in (
+                batch.parts.unmeasured,
+                batch.second_order.unmeasured if batch.second_order else {},
+            )
         ),
-        {} if first.gaussian is None else first.gaussian.participation,
+        participation,
         math.hypot(*(w * error for w, error in zip(weights, sampled, strict=True))),
         merged(batch.refused for batch in found),
     )
@@ -198,7 +212,10 @@ def _total(value: Penalty | None) -> float | None:
     return None if value is None else float(value)
 
 
-def _at(value: Penalty | None, name: str) -> float | None:
+def _at(batch: _Batch, value: Penalty | None, name: str) -> float | None:
+    """What a site costs; nothing in a batch that does not meet it."""
+    if name not in batch.parts.by_site:
+        return 0.0
     return float(value.by_site[name]) if value is not None and name in value.by_site else None
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 from torch import Tensor, nn
 
-from droplens.batches import as_batches, checked_passes, everything, predicts_next_token
+from droplens.batches import Batches, as_batches, checked_passes, everything, predicts_next_token
 from droplens.discovery import KEPT_IN_EVAL, Site
 from droplens.discovery import sites as find_sites
 from droplens.inspection._cost import GAUSSIAN, Cost, cost_of
@@ -153,7 +153,7 @@ def inspect(  # noqa: PLR0913  # the last seven are keywords with defaults
     targets_of(first.targets)
     source, used_seed = private_generator(generator, seed)
     tell(0.0, "Finding the sites")
-    found = find_sites(model, first.inputs)
+    found = _sites_of(model, batches)
     mode = _mode(model, found)
     sizes = sizes_of(model, first, family, found)
     subject = Subject(model, batches, loss, sizes, directions, used_seed, apart)
@@ -195,6 +195,15 @@ def inspect(  # noqa: PLR0913  # the last seven are keywords with defaults
         mode=mode,
         seed=used_seed,
     )
+
+
+def _sites_of(model: nn.Module, batches: Batches) -> tuple[Site, ...]:
+    """The sites that any batch meets: a forward may choose its way by the data."""
+    met: dict[str, Site] = {}
+    for batch in batches:
+        for site in find_sites(model, batch.inputs):
+            met.setdefault(site.name, site)
+    return tuple(met.values())
 
 
 def _priced(

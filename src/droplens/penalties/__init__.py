@@ -1,7 +1,13 @@
 """What dropout costs, in units of the loss: gap = spread + shift (theory §3.1)."""
 
 from droplens.penalties._curve import PenaltyCurve, penalty_curve
-from droplens.penalties._decompose import Decomposition, Parts, decompose, pooled_parts
+from droplens.penalties._decompose import (
+    Decomposition,
+    Parts,
+    decompose,
+    pooled_by_site,
+    pooled_parts,
+)
 from droplens.penalties._equivalent import EquivalentRates, equivalent_rates
 from droplens.penalties._penalty import FEW_UNITS, penalty
 from droplens.penalties._result import Penalty
@@ -17,5 +23,6 @@ __all__ = [
     "equivalent_rates",
     "penalty",
     "penalty_curve",
+    "pooled_by_site",
     "pooled_parts",
 ]

@@ -163,10 +163,7 @@ def _pooled(found: Sequence[Decomposition]) -> Decomposition:
         joint.gap,
         joint.spread,
         joint.shift,
-        {
-            name: pooled_parts(weights, [part.by_site[name] for part in found])
-            for name in first.by_site
-        },
+        pooled_by_site(weights, [part.by_site for part in found]),
         first.draws,
         first.seed,
         merged(part.unmeasured for part in found),
@@ -182,6 +179,20 @@ def pooled_parts(weights: Sequence[float], parts: Sequence[Parts | Decomposition
         pooled(weights, [part.spread for part in parts]),
         pooled(weights, [part.shift for part in parts]),
     )
+
+
+def pooled_by_site(
+    weights: Sequence[float], parts: Sequence[Mapping[str, Parts]]
+) -> dict[str, Parts]:
+    """Every site that a batch met; one that a batch did not meet costs nothing there."""
+    met: dict[str, list[tuple[float, Parts]]] = {}
+    for weight, of_batch in zip(weights, parts, strict=True):
+        for name, alone in of_batch.items():
+            met.setdefault(name, []).append((weight, alone))
+    return {
+        name: pooled_parts([w for w, _ in some], [alone for _, alone in some])
+        for name, some in met.items()
+    }
 
 
 @dataclass(frozen=True)
