@@ -1,10 +1,12 @@
 """Predictions with dropout left on: Monte-Carlo dropout (Gal & Ghahramani 2016), with errors."""
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -211,6 +213,8 @@ def _own_streams_restored(model: nn.Module) -> Iterator[None]:
 def _seed_everything(model: nn.Module, seed: int) -> None:
     """Seed the global streams that `guarded` has put aside."""
     torch.default_generator.manual_seed(seed)
+    random.seed(seed)  # a forward may draw from these
+    np.random.seed(seed % 2**32)
     for device in {parameter.device for parameter in model.parameters()}:
         if device.type == "cuda":
             with torch.cuda.device(device):

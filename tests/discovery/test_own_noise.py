@@ -1,5 +1,8 @@
 """Noise that is no dropout call: off where dropout is off, and where its masks are ours."""
 
+import random
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -36,6 +39,8 @@ NETWORKS = {
     "randn_like": lambda: noisy(torch.randn_like),
     "bernoulli_": lambda: noisy(lambda h: torch.empty_like(h).bernoulli_(0.5)),
     "normal": lambda: noisy(lambda h: torch.normal(0.0, 1.0, h.shape, dtype=h.dtype)),
+    "Python's random": lambda: noisy(lambda h: h * (random.random() < 0.5)),
+    "NumPy's": lambda: noisy(lambda h: torch.from_numpy(np.random.normal(size=h.shape))),
     "around dropout": lambda: noisy(torch.randn_like, nn.Dropout(0.4)),
     "spectral norm": lambda: spectral(nn.utils.parametrizations.spectral_norm),
     "old spectral norm": lambda: spectral(nn.utils.spectral_norm),
@@ -72,6 +77,41 @@ def test_off_is_what_eval_is(net, mode):
     assert all(module.training is mode for module in net.modules())
     assert all(torch.equal(before[name], buffer) for name, buffer in net.named_buffers())
     assert not net._forward_hooks
+
+
+def test_noise_is_listed_where_it_is_drawn(net):
+    found = [site for site in dl.sites(net.train(), x) if site.law is None]
+    if not isinstance(net[1], Noisy):
+        assert not found
+        return
+    (site,) = found
+    assert site.name == f"1.{site.kind}"
+    assert site.active
+    assert site.reason == f"it draws random numbers by {site.kind}, outside any dropout call"
+    assert site.name in dl.decompose(net, x, labels, cross_entropy, draws=2).unmeasured
+    assert not any(site.active for site in dl.sites(net.eval(), x))
+
+
+@pytest.mark.parametrize("draw", [random.random, np.random.normal], ids=["Python", "NumPy"])
+def test_streams_outside_torch_are_put_back(draw):
+    net, found = noisy(lambda h: h * draw()).double(), []
+    for broken in (False, True):
+        random.seed(3)
+        np.random.seed(3)
+        if broken:
+            net[4].weight = nn.Parameter(net[4].weight[:, :3])
+            with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+                dl.predict(net, x, 2)
+        else:
+            dl.sites(net, x)
+            dl.decompose(net, x, labels, cross_entropy, draws=4)
+            dl.penalty(net, x, cross_entropy)
+            first, again = (dl.predict(net, x, 4, seed=0) for _ in range(2))
+            assert torch.equal(first.mean, again.mean)
+        found.append((random.random(), np.random.normal()))
+    random.seed(3)
+    np.random.seed(3)
+    assert found == [(random.random(), np.random.normal())] * 2
 
 
 def test_masks_are_all_the_noise_there_is(net):

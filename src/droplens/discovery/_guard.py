@@ -7,10 +7,12 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from droplens._streams import Streams
+
 
 @contextmanager
 def guarded(model: nn.Module) -> Iterator[None]:
-    """Restore every module's training flag, the buffers and the RNG state on the way out.
+    """Restore every module's training flag, the buffers and the random streams on the way out.
 
     Flags are restored one by one, because `model.train()` would forget a frozen sub-module.
     """
@@ -18,10 +20,12 @@ def guarded(model: nn.Module) -> Iterator[None]:
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
     cuda = [device for device in devices if device.type == "cuda"]
+    streams = Streams()  # also Python's and NumPy's: a forward may draw from them
     try:
         with torch.random.fork_rng(devices=cuda):
             yield
     finally:
+        streams.install()
         for module, training in flags:
             module.training = training
         with torch.no_grad():

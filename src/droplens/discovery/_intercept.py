@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -27,61 +27,10 @@ from droplens.discovery._composites import (
 )
 from droplens.discovery._guard import DROPPING, guarded, switch_on
 from droplens.discovery._registry import Masking, masking_of
+from droplens.discovery._tracker import Tracker, outside_torch
 from droplens.masks import Bernoulli, Law, Weight
 
 Visit = Callable[[Call, Tensor], Tensor]
-
-
-class Tracker:
-    """Knows which module is running, and gives every stochastic call its name."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.paths = {module: path for path, module in model.named_modules()}
-        self.running: list[nn.Module] = []
-        self.met: dict[str, int] = {}
-        # What calls dropout functions, and what draws random numbers by itself.
-        self.dropping: set[nn.Module] = set()
-        self.drawing: set[nn.Module] = set()
-
-    @contextmanager
-    def following(self) -> Iterator[None]:
-        """Follow the forward pass with hooks, removed on the way out."""
-        with ExitStack() as stack:
-            for module in self.paths:
-                enter = module.register_forward_pre_hook(self._enter, prepend=True)
-                stack.callback(enter.remove)
-                leave = module.register_forward_hook(self._leave, always_call=True)
-                stack.callback(leave.remove)
-            yield
-
-    def _enter(self, module: nn.Module, _: Any) -> None:
-        if len(self.running) == 0:
-            self.met.clear()  # a new pass: numbering starts afresh
-        self.running.append(module)
-
-    def _leave(self, module: nn.Module, *_: Any) -> None:
-        if self.running and self.running[-1] is module:
-            self.running.pop()
-
-    def path(self) -> str:
-        """Where in the module tree the pass is."""
-        return self.paths[self.running[-1]] if self.running else ""
-
-    def name_call(self, function: str) -> tuple[str, str | None]:
-        """A name for the call that is being made, and the dropout module that makes it."""
-        owner, path = (self.running[-1] if self.running else None), self.path()
-        if owner is not None:
-            self.dropping.add(owner)
-        if isinstance(owner, nn.modules.dropout._DropoutNd):
-            kind = type(owner).__name__
-            return self.number(path or kind), kind
-        return self.number(f"{path}.{function}" if path else function), None
-
-    def number(self, name: str) -> str:
-        """`name`, with "#2", "#3"… when it was met before in this pass."""
-        count = self.met.get(name, 0) + 1
-        self.met[name] = count
-        return name if count == 1 else f"{name}#{count}"
 
 
 class _Interceptor(TorchFunctionMode):
@@ -304,8 +253,15 @@ def switched(
     """
     with guarded(model), intercept(model, visit) as tracker:
         switch_on(model)
+        untouched = [outside_torch()]
 
         def again(module: nn.Module, args: Any, kwargs: Any, outputs: Any) -> Any:
+            # Looked at once: where the streams stand is not to be had for nothing.
+            if untouched and untouched.pop() != outside_torch():
+                if restart is not None:
+                    restart()
+                with tracker.watching():
+                    return module(*args, **kwargs)
             own = tracker.drawing.copy()
             tracker.drawing.clear()
             if isinstance(outputs, tuple | list):  # auxiliary outputs, which eval may not have

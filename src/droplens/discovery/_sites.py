@@ -12,7 +12,8 @@ from droplens.calling import call as call_model
 from droplens.calling import check_inputs
 from droplens.discovery._calls import Call
 from droplens.discovery._guard import guarded, switch_on
-from droplens.discovery._intercept import Tracker, intercept
+from droplens.discovery._intercept import intercept
+from droplens.discovery._tracker import Tracker
 from droplens.masks import Law
 
 
@@ -60,14 +61,17 @@ class _Net(TorchDispatchMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         if torch.Tag.nondeterministic_seeded in func.tags:
-            operation = func.overloadpacket.__name__
-            path = self.tracker.path()
-            name = self.tracker.number(f"{path}.{operation}" if path else operation)
             first = result[0] if isinstance(result, tuple) else result
             shape = tuple(first.shape) if isinstance(first, Tensor) else ()
-            reason = f"it draws random numbers by {operation}, outside any dropout call"
-            self.note(Call(name, operation, None, reason, shape, True))
+            self.note(_own_noise(self.tracker, func.overloadpacket.__name__, shape))
         return result
+
+
+def _own_noise(tracker: Tracker, operation: str, shape: tuple[int, ...]) -> Call:
+    path = tracker.path()
+    name = tracker.number(f"{path}.{operation}" if path else operation)
+    reason = f"it draws random numbers by {operation}, outside any dropout call"
+    return Call(name, operation, None, reason, shape, True)
 
 
 def sites(model: nn.Module, inputs: Any) -> tuple[Site, ...]:
@@ -114,5 +118,9 @@ def _watch(model: nn.Module, inputs: Any, note: Callable[[Call], None]) -> None:
         note(call)
         return x
 
-    with intercept(model, visit) as tracker, _Net(tracker, note):
+    with (
+        intercept(model, visit) as tracker,
+        _Net(tracker, note),
+        tracker.watching(lambda stream: note(_own_noise(tracker, stream, ()))),
+    ):
         call_model(model, inputs)

@@ -1,0 +1,97 @@
+"""Where in its modules a forward pass is, and what there drops or draws."""
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+
+def outside_torch() -> dict[str, Any]:
+    """Where the global random streams stand that torch does not know, by their name."""
+    numpy = np.random.get_state(legacy=False)
+    key, pos = numpy["state"]["key"].tobytes(), numpy["state"]["pos"]
+    cached = numpy["has_gauss"], numpy["gauss"]
+    return {"random": random.getstate(), "numpy.random": (key, pos, cached)}
+
+
+class Tracker:
+    """Knows which module is running, and gives every stochastic call its name."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.paths = {module: path for path, module in model.named_modules()}
+        self.running: list[nn.Module] = []
+        self.met: dict[str, int] = {}
+        # What calls dropout functions, and what draws random numbers by itself.
+        self.dropping: set[nn.Module] = set()
+        self.drawing: set[nn.Module] = set()
+        # Where the streams outside torch stood at the last look; None while nobody looks.
+        self._outside: dict[str, Any] | None = None
+        self._note: Callable[[str], None] | None = None
+
+    @contextmanager
+    def following(self) -> Iterator[None]:
+        """Follow the forward pass with hooks, removed on the way out."""
+        with ExitStack() as stack:
+            for module in self.paths:
+                enter = module.register_forward_pre_hook(self._enter, prepend=True)
+                stack.callback(enter.remove)
+                leave = module.register_forward_hook(self._leave, always_call=True)
+                stack.callback(leave.remove)
+            yield
+
+    @contextmanager
+    def watching(self, note: Callable[[str], None] | None = None) -> Iterator[None]:
+        """See also who draws from Python's or NumPy's stream, by looking at every step between.
+
+        Args:
+            note: told the name of the stream, while the module that drew is running.
+        """
+        self._outside, self._note = outside_torch(), note
+        try:
+            yield
+        finally:
+            self._outside = self._note = None
+
+    def _look(self) -> None:
+        if self._outside is None:
+            return
+        before, self._outside = self._outside, outside_torch()
+        for stream, state in self._outside.items():
+            if state != before[stream] and self.running:
+                self.drawing.add(self.running[-1])
+                if self._note is not None:
+                    self._note(stream)
+
+    def _enter(self, module: nn.Module, _: Any) -> None:
+        self._look()
+        if len(self.running) == 0:
+            self.met.clear()  # a new pass: numbering starts afresh
+        self.running.append(module)
+
+    def _leave(self, module: nn.Module, *_: Any) -> None:
+        self._look()
+        if self.running and self.running[-1] is module:
+            self.running.pop()
+
+    def path(self) -> str:
+        """Where in the module tree the pass is."""
+        return self.paths[self.running[-1]] if self.running else ""
+
+    def name_call(self, function: str) -> tuple[str, str | None]:
+        """A name for the call that is being made, and the dropout module that makes it."""
+        owner, path = (self.running[-1] if self.running else None), self.path()
+        if owner is not None:
+            self.dropping.add(owner)
+        if isinstance(owner, nn.modules.dropout._DropoutNd):
+            kind = type(owner).__name__
+            return self.number(path or kind), kind
+        return self.number(f"{path}.{function}" if path else function), None
+
+    def number(self, name: str) -> str:
+        """`name`, with "#2", "#3"… when it was met before in this pass."""
+        count = self.met.get(name, 0) + 1
+        self.met[name] = count
+        return name if count == 1 else f"{name}#{count}"
