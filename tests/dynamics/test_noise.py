@@ -77,32 +77,61 @@ def test_sites_without_a_law_are_named():
         dl.gradient_noise(net, x, labels, loss, 4, sites=["1"])
 
 
-def aligned_truth(net, units=3):
-    H = dense_hessian(net, x, labels, loss).detach()
-    weights, _, found = gradients(net, x, labels, loss, units=units)
+def aligned_truth(net, units=3, examples=2):
+    """H, Σ, and every number of their alignment from the dense matrices."""
+    rows, classes = x[:examples], labels[:examples]
+    H = dense_hessian(net, rows, classes, loss).detach()
+    weights, _, found = gradients(net, rows, classes, loss, units=units)
     S = covariance(weights, found).detach()
-    d = len(H)
-    scale = float(H.norm() * S.norm())
-    return H, S, float((H * S).sum()) / scale, float(H.trace() * S.trace()) / (d * scale)
+    d, one = len(H), torch.eye(len(H)).double()
+    H0, S0 = H - H.trace() / d * one, S - S.trace() / d * one
+    numbers = {
+        "trace_product": float((H * S).sum()),
+        "trace_noise": float(S.trace()),
+        "trace_hessian": float(H.trace()),
+        "norm_noise": float(S.norm()),
+        "norm_hessian": float(H.norm()),
+    }
+    scale = numbers["norm_hessian"] * numbers["norm_noise"]
+    numbers["value"] = numbers["trace_product"] / scale
+    numbers["null"] = numbers["trace_hessian"] * numbers["trace_noise"] / (d * scale)
+    numbers["null_deviation"] = (2 / ((d - 1) * (d + 2))) ** 0.5 * float(
+        H0.norm() * S0.norm() / scale
+    )
+    numbers["excess"] = (numbers["value"] - numbers["null"]) / numbers["null_deviation"]
+    return H, S, numbers
 
 
 @pytest.mark.parametrize("probes", [1000, 15], ids=["H formed", "H probed"])
 def test_alignment_against_dense_matrices(probes):
     net = network()
-    H, S, value, null = aligned_truth(net)
+    H, _, numbers = aligned_truth(net)
     found = noise_alignment(net, x, labels, loss, 300, probes, seed=0)
-    assert abs(z(found.value, value)) <= 4
-    assert abs(z(found.null, null)) <= 4
     assert found.parameters == len(H) == 17
-    assert found.norm_noise == pytest.approx(float(S.norm()), rel=0.25)
-    if probes == 1000:
-        assert found.trace_hessian == pytest.approx(float(H.trace()), rel=1e-10)
-        assert found.norm_hessian == pytest.approx(float(H.norm()), rel=1e-10)
+    for name, value in numbers.items():
+        estimate = getattr(found, name)
+        if probes == 1000 and "hessian" in name:
+            assert estimate.standard_error == 0
+            assert estimate.value == pytest.approx(value, rel=1e-10)
+        else:
+            assert abs(z(estimate, value)) <= 4
+    assert found.trace_noise.over == "masks"
+    assert found.value.over == ("masks" if probes == 1000 else "masks and probes")
+    assert found.norm_hessian.over == "probes"
+
+
+def test_one_weight_aligns_and_has_no_deviation():
+    net = nn.Sequential(nn.Dropout(0.5), nn.Linear(1, 1, bias=False)).double()
+    found = noise_alignment(net, x[:, :1], x[:, 1:], nn.MSELoss(), 300, seed=0)
+    assert abs(z(found.value, 1)) <= 4
+    assert found.null.value == pytest.approx(found.value.value)
+    assert (found.null_deviation.value, found.null_deviation.standard_error) == (0, 0)
+    assert not math.isfinite(found.excess.value)
 
 
 def test_the_null_is_that_of_random_eigenvectors():
     """Mean and deviation of Tr(H QΣQᵀ) over 2,000 Haar rotations, against the closed forms."""
-    H, S, _, null = aligned_truth(network())
+    H, S, numbers = aligned_truth(network())
     d, scale = len(H), H.norm() * S.norm()
     source = torch.Generator().manual_seed(0)
     found = []
@@ -112,16 +141,17 @@ def test_the_null_is_that_of_random_eigenvectors():
         found.append(float((H * (Q @ S @ Q.mT)).sum() / scale))
     found = torch.tensor(found, dtype=torch.float64)
     deviation = noise_alignment(network(), x, labels, loss, 300, 1000, seed=0).null_deviation
-    assert abs(float(found.mean()) - null) <= 4 * float(found.std()) / 2000**0.5
-    assert float(found.std()) == pytest.approx(deviation, rel=0.12)
+    assert abs(float(found.mean()) - numbers["null"]) <= 4 * float(found.std()) / 2000**0.5
+    assert float(found.std()) == pytest.approx(deviation.value, rel=0.12)
 
 
 def test_blocks_give_what_one_block_gives(monkeypatch):
     """Noise held in small blocks forms fewer pairs, and is unbiased all the same."""
-    _, _, value, _ = aligned_truth(network())
+    _, _, numbers = aligned_truth(network())
     monkeypatch.setattr("droplens.dynamics._alignment._HELD", 17 * 10)
     found = noise_alignment(network(), x, labels, loss, 300, 1000, seed=0)
-    assert abs(z(found.value, value)) <= 4
+    for name, value in numbers.items():
+        assert "hessian" in name or abs(z(getattr(found, name), value)) <= 4
 
 
 class BatchNormed(nn.Module):
@@ -145,8 +175,8 @@ def test_alignment_with_statistics_of_the_batch():
     found = noise_alignment(net, rows, classes, loss, 8, 1000, seed=0)
     assert_same_state(before, state_of(net))
     H = dense_hessian(net, rows, classes, loss)
-    assert found.trace_hessian == pytest.approx(float(H.trace()), rel=1e-9)
-    assert found.norm_hessian == pytest.approx(float(H.norm()), rel=1e-9)
+    assert found.trace_hessian.value == pytest.approx(float(H.trace()), rel=1e-9)
+    assert found.norm_hessian.value == pytest.approx(float(H.norm()), rel=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -229,17 +259,24 @@ class Formed:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("held", "probes"), [(4, 1000), (8, 1000), (32, 1000), (64, 1000), (64, 16)]
+    ("examples", "held", "probes"),
+    [(1, 64, None), (2, 64, None), (1, 64, 1000), (2, 64, 1000)]
+    + [(2, held, 1000) for held in (4, 8, 32)],
 )
-def test_the_alignments_interval_covers_the_truth_at_its_level(monkeypatch, held, probes):
+def test_the_alignments_intervals_cover_the_truth_at_their_level(
+    monkeypatch, examples, held, probes
+):
     """1,000 repeats: each 95% interval holds the dense matrices' value in 93–97%.
 
-    At the default of 64 pairs, held in blocks of 4, 8 and 32, and in one; with probes of H too.
-    Written out are H and the 1,024 gradients that draws come from.
+    At the default draws, held in blocks of 4, 8 and 32 pairs, and in one; with H formed, and
+    at the default probes. Written out are H and the gradients under all masks.
     """
-    net = network(units=5)
-    H, _, value, null = aligned_truth(net, units=5)
-    weights, _, found = gradients(net, x, labels, loss, units=5)
+    # With more weights than default probes.
+    units = 5 if probes else {1: 12, 2: 7}[examples]
+    net = network(units=units, classes=2 if probes else 8)
+    H, _, numbers = aligned_truth(net, units, examples)
+    rows, classes = x[:examples], labels[:examples]
+    weights, _, found = gradients(net, rows, classes, loss, units=units)
 
     def draw(masked, source):
         first, second = found[torch.multinomial(weights, 2, True, generator=source)]
@@ -251,12 +288,18 @@ def test_the_alignments_interval_covers_the_truth_at_its_level(monkeypatch, held
         ("LossHessian", lambda *_: Formed(H)),
     ):
         monkeypatch.setattr(_alignment, name, instead)
-    count = dict.fromkeys(("value", "null"), 0)
+    options = {} if probes is None else {"probes": probes}
+    assert probes or len(H) > 64
+    exact = ["trace_hessian", "norm_hessian"] if probes == 1000 else []
+    count = {name: 0 for name in numbers if name not in exact}
     for seed in range(1000):
-        result = noise_alignment(net, x, labels, loss, probes=probes, seed=seed)
-        for name, true in (("value", value), ("null", null)):
+        result = noise_alignment(net, rows, classes, loss, seed=seed, **options)
+        for name in count:
             low, high = getattr(result, name).interval()
-            count[name] += low <= true <= high
+            count[name] += low <= numbers[name] <= high
+    for name in exact:
+        assert getattr(result, name).value == pytest.approx(numbers[name], rel=1e-12)
+        assert getattr(result, name).standard_error == 0
     assert all(930 <= c <= 970 for c in count.values()), count
 
 

@@ -173,9 +173,9 @@ def _aligned(sets: Mapping[str, Sequence[Alignment]], unit: str) -> Section:
             name,
             _shown([a.value for a in found]),
             _shown([a.null for a in found]),
-            over([a.null_deviation for a in found]),
-            over([a.trace_hessian for a in found]),
-            over([a.trace_noise for a in found]),
+            _shown([a.null_deviation for a in found]),
+            _shown([a.trace_hessian for a in found]),
+            _shown([a.trace_noise for a in found]),
         )
         for name, found in sets.items()
     ]
