@@ -27,6 +27,36 @@ class Noisy(nn.Module):
         return h + self.draw(h) if self.training else h
 
 
+class Beside(Noisy):
+    """Noise beside a dropout function, both under one flag; the twin has a module for it."""
+
+    def forward(self, h):
+        h = torch.tanh(nn.functional.dropout(h, self.around[0].p, self.training))
+        return h + self.draw(h) if self.training else h
+
+
+class BesideAttention(Noisy):
+    """The same, of an attention that is told a rate of 0 at test time."""
+
+    def forward(self, h):
+        h = attention(h, self.around.p if self.training else 0.0)
+        return h + self.draw(h) if self.training else h
+
+
+class Attention(nn.Module):
+    def __init__(self, p):
+        super().__init__()
+        self.p = p
+
+    def forward(self, h):
+        return attention(h, self.p * self.training)
+
+
+def attention(h, p):
+    h = h.unflatten(1, (2, 2))
+    return nn.functional.scaled_dot_product_attention(h, h, h, dropout_p=p).flatten(1)
+
+
 def spectral(normalise):
     net = nn.Sequential(normalise(nn.Linear(3, 4)), nn.Tanh(), nn.Dropout(0.3), nn.Linear(4, 2))
     with torch.no_grad():
@@ -42,14 +72,18 @@ NETWORKS = {
     "Python's random": lambda: noisy(lambda h: h * (random.random() < 0.5)),
     "NumPy's": lambda: noisy(lambda h: torch.from_numpy(np.random.normal(size=h.shape))),
     "around dropout": lambda: noisy(torch.randn_like, nn.Dropout(0.4)),
+    "beside dropout": lambda: noisy(
+        torch.randn_like, nn.Sequential(nn.Dropout(0.4), nn.Tanh()), Beside
+    ),
+    "beside attention": lambda: noisy(torch.randn_like, Attention(0.4), BesideAttention),
     "spectral norm": lambda: spectral(nn.utils.parametrizations.spectral_norm),
     "old spectral norm": lambda: spectral(nn.utils.spectral_norm),
 }
 
 
-def noisy(draw, around=None):
+def noisy(draw, around=None, kind=Noisy):
     return nn.Sequential(
-        nn.Linear(3, 4), Noisy(draw, around), nn.Tanh(), nn.Dropout(0.3), nn.Linear(4, 2)
+        nn.Linear(3, 4), kind(draw, around), nn.Tanh(), nn.Dropout(0.3), nn.Linear(4, 2)
     )
 
 
@@ -73,7 +107,8 @@ def test_off_is_what_eval_is(net, mode):
     before = {name: buffer.clone() for name, buffer in net.named_buffers()}
     with masks_off(net):
         for _ in range(2):
-            assert torch.equal(net(x), expected)
+            # Attention spelt out rounds otherwise than torch's kernel.
+            torch.testing.assert_close(net(x), expected, rtol=1e-12, atol=1e-12)
     assert all(module.training is mode for module in net.modules())
     assert all(torch.equal(before[name], buffer) for name, buffer in net.named_buffers())
     assert not net._forward_hooks
@@ -148,18 +183,42 @@ def test_what_is_measured_does_not_follow_the_global_stream(net):
     assert found[0].base.value == pytest.approx(cross_entropy(net.eval()(x), labels).item())
 
 
-def test_noise_of_what_also_calls_dropout_stays():
-    """One flag for both: in eval the module would lose its site."""
-
+def test_noise_stays_where_eval_would_pass_over_a_dropout():
     class Both(nn.Module):
         def forward(self, h):
-            h = nn.functional.dropout(h, 0.5, self.training)
-            return h + torch.randn_like(h) if self.training else h
+            if not self.training:
+                return h
+            return nn.functional.dropout(h, 0.5) + torch.randn_like(h)
 
     net = nn.Sequential(nn.Linear(3, 4), Both()).double()
     with masks_off(net):
         assert not torch.equal(net(x), net(x))
     assert [site.law is None for site in dl.sites(net, x)] == [False, True]
+    assert [gate.name for gate in open_gates(net, x).gates] == ["1.dropout"]
+
+
+class Skipping(nn.Module):
+    """A residual branch, with a dropout of its own, that chance passes over (LayerDrop)."""
+
+    def __init__(self):
+        super().__init__()
+        self.branch = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.3))
+
+    def forward(self, h):
+        h = nn.functional.dropout(h, 0.2, self.training)
+        return h if self.training and torch.rand([]) < 0.9 else h + self.branch(h)
+
+
+def test_sites_that_chance_passes_over_are_found():
+    net = nn.Sequential(nn.Linear(3, 4), Skipping(), nn.Linear(4, 2)).double()
+    for _ in range(5):
+        found = {site.name: site.active for site in dl.sites(net.train(), x)}
+        assert found == {"1.dropout": True, "1.branch.1": True, "1.rand": True}
+    assert not any(site.active for site in dl.sites(net.eval(), x))
+    found = dl.decompose(net, x, labels, cross_entropy, draws=4)
+    assert found.base.value == pytest.approx(cross_entropy(net(x), labels).item())
+    assert all(parts.gap.standard_error > 0 for parts in found.by_site.values())
+    assert set(found.by_site) == {"1.dropout", "1.branch.1"}
 
 
 def test_noise_in_eval_too_is_the_networks_own():
@@ -192,6 +251,29 @@ def test_auxiliary_outputs_of_train_mode_are_left_out():
     assert dl.penalty(net, x, cross_entropy).total > 0
     both = dl.compare({"a": net, "b": Auxiliary().double()}, (x, labels), cross_entropy, seed=0)
     assert both.sets["a"][0].base == pytest.approx(found.base.value)
+
+
+def test_auxiliary_outputs_beside_a_dropout_function_are_left_out():
+    class Auxiliary(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, inputs):
+            h = nn.functional.dropout(self.body(inputs), 0.5, self.training)
+            return (self.head(h), h) if self.training else self.head(h)
+
+    net = Auxiliary().double()
+    alone = nn.Sequential(net.body, nn.Dropout(0.5), net.head)
+    found = []
+    for model in (net, alone):
+        with masks_held(model, 0) as held:
+            held.hold(1, 0)
+            found.append(model(x))
+    assert torch.equal(*found)
+    found = dl.decompose(net, x, labels, cross_entropy, draws=8, seed=0)
+    assert found.base.value == pytest.approx(cross_entropy(alone.eval()(x), labels).item())
+    assert found.gap.standard_error > 0
 
 
 def test_several_outputs_in_eval_too_are_refused():

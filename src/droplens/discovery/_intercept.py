@@ -75,18 +75,20 @@ class _Interceptor(TorchFunctionMode):
         layer = isinstance(owner, nn.modules.dropout._DropoutNd)
         weights = isinstance(law, Weight) and (not layer or hasattr(owner, "weight_law"))
         call = Call(name, module_kind or kind, law, None, tuple(x.shape), training, weights)
-        return self.visit(call, x)
+        return self.visit(self.tracker.met_on(call), x)
 
     def _attention(self, given: Attention) -> Tensor:
         # Numbered also when off, so that a call has one name in every mode.
         name, _ = self.tracker.name_call("attention")
-        if not given.dropout_p > 0:
+        on = given.dropout_p > 0
+        if not on and name not in self.tracker.kept_on:
             return ATTENTION(**vars(given))
         law = Bernoulli(given.dropout_p)
 
         def drop(weights: Tensor) -> Tensor:
             kind = "F.scaled_dot_product_attention"
-            return self.visit(Call(name, kind, law, None, tuple(weights.shape), True), weights)
+            call = Call(name, kind, law, None, tuple(weights.shape), on)
+            return self.visit(self.tracker.met_on(call), weights)
 
         return attend(given, drop)
 
@@ -106,7 +108,7 @@ class _Interceptor(TorchFunctionMode):
             reading, kind, law, reason = read_call(func, args, kwargs)
         name, module_kind = self.tracker.name_call(kind.split(".")[-1])
         call = Call(name, module_kind or kind, law, reason, tuple(reading.x.shape), reading.on)
-        return self.visit(call, reading.x)
+        return self.visit(self.tracker.met_on(call), reading.x)
 
 
 _T = torch.Tensor
@@ -164,9 +166,9 @@ def _visited(
 
     def forward(x: Tensor) -> Tensor:
         name = tracker.number(path or kind)
-        tracker.dropping.add(module)
         law, shape = masking.law, tuple(x.shape)
-        return visit(Call(name, kind, law, masking.reason, shape, module.training), x)
+        call = Call(name, kind, law, masking.reason, shape, module.training)
+        return visit(tracker.met_on(call), x)
 
     return forward
 
@@ -242,9 +244,9 @@ def switched(
 ) -> Iterator[None]:
     """While open, sites are on and handed to `visit`, and all else does as at test time.
 
-    What draws noise of its own in train mode, and calls no dropout function, is put in eval once
-    it has been seen to, as is a model that returns several tensors: the pass is then run again.
-    Modes, buffers, RNG state and hooks are as before on the way out, also after an error.
+    What draws noise of its own in train mode is put in eval once it has been seen to, as is a
+    model that returns several tensors; the dropout that it calls stays on, and the pass is run
+    again. Modes, buffers, RNG state and hooks are as before on the way out, also after an error.
 
     Args:
         model: any torch model.
@@ -254,26 +256,38 @@ def switched(
     with guarded(model), intercept(model, visit) as tracker:
         switch_on(model)
         untouched = [outside_torch()]
+        stubborn: set[nn.Module] = set()
+
+        def rerun(module: nn.Module, args: Any, kwargs: Any) -> Any:
+            if restart is not None:
+                restart()
+            return module(*args, **kwargs)
 
         def again(module: nn.Module, args: Any, kwargs: Any, outputs: Any) -> Any:
             # Looked at once: where the streams stand is not to be had for nothing.
             if untouched and untouched.pop() != outside_torch():
-                if restart is not None:
-                    restart()
                 with tracker.watching():
-                    return module(*args, **kwargs)
+                    return rerun(module, args, kwargs)
             own = tracker.drawing.copy()
             tracker.drawing.clear()
             if isinstance(outputs, tuple | list):  # auxiliary outputs, which eval may not have
-                own.update(m for m in module.modules() if not isinstance(m, DROPPING))
-            own = {m for m in own - tracker.dropping if m.training}
+                own.update(module.modules())
+            own = {m for m in own - stubborn if m.training and not isinstance(m, DROPPING)}
             if not own:
                 return None
+            kept = tracker.keep_on(own)
             for drawing in own:
                 drawing.training = False
-            if restart is not None:
-                restart()
-            return module(*args, **kwargs)
+            found = rerun(module, args, kwargs)
+            lost = {owner for name, owner in kept.items() if name not in tracker.names}
+            if not lost:
+                return found
+            # In eval it passes over its dropouts, so its noise has to stay.
+            stubborn.update(lost)
+            tracker.forget(lost)
+            for drawing in lost:
+                drawing.training = True
+            return rerun(module, args, kwargs)
 
         # After the tracker's own hooks, so that what runs again is a new pass to it.
         handle = model.register_forward_hook(again, with_kwargs=True)

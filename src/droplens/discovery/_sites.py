@@ -1,6 +1,6 @@
 """List the stochastic sites of a model: two passes, in the mode it came in and with all on."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +12,7 @@ from droplens.calling import call as call_model
 from droplens.calling import check_inputs
 from droplens.discovery._calls import Call
 from droplens.discovery._guard import guarded, switch_on
-from droplens.discovery._intercept import intercept
-from droplens.discovery._tracker import Tracker
+from droplens.discovery._intercept import Visit, intercept, switched
 from droplens.masks import Law
 
 
@@ -51,9 +50,8 @@ def site_of(call: Call, active: bool) -> Site:
 class _Net(TorchDispatchMode):
     """Catches random operations that no dropout call accounts for."""
 
-    def __init__(self, tracker: Tracker, note: Callable[[Call], None]) -> None:
+    def __init__(self, note: Callable[[str, tuple[int, ...]], None]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
-        self.tracker = tracker
         self.note = note
 
     def __torch_dispatch__(
@@ -63,23 +61,17 @@ class _Net(TorchDispatchMode):
         if torch.Tag.nondeterministic_seeded in func.tags:
             first = result[0] if isinstance(result, tuple) else result
             shape = tuple(first.shape) if isinstance(first, Tensor) else ()
-            self.note(_own_noise(self.tracker, func.overloadpacket.__name__, shape))
+            self.note(func.overloadpacket.__name__, shape)
         return result
-
-
-def _own_noise(tracker: Tracker, operation: str, shape: tuple[int, ...]) -> Call:
-    path = tracker.path()
-    name = tracker.number(f"{path}.{operation}" if path else operation)
-    reason = f"it draws random numbers by {operation}, outside any dropout call"
-    return Call(name, operation, None, reason, shape, True)
 
 
 def sites(model: nn.Module, inputs: Any) -> tuple[Site, ...]:
     """Find every stochastic site that a forward pass meets, whatever mode the model is in.
 
     Runs the model twice on `inputs` without drawing a mask: once as it came, to see what is
-    active, and once with every site switched on. Norm layers stay in eval, and modes, buffers,
-    RNG state and hooks are as before afterwards, also after an error.
+    active, and once with every site switched on; and once more without noise of its own, if it
+    draws any, because that may pass over sites (as LayerDrop does). Norm layers stay in eval, and
+    modes, buffers, RNG state and hooks are as before afterwards, also after an error.
 
     Args:
         model: any torch module.
@@ -97,30 +89,61 @@ def sites(model: nn.Module, inputs: Any) -> tuple[Site, ...]:
         ValueError: if `inputs` is empty or not finite.
     """
     check_inputs(inputs)
-    as_it_came: dict[str, bool] = {}
-    switched_on: list[Call] = []
-
-    def note_activity(call: Call) -> None:
-        as_it_came[call.name] = call.on
-
+    came = {name: module.training for name, module in model.named_modules()}
     with guarded(model), torch.no_grad():
         for module in model.modules():
             if isinstance(module, nn.modules.batchnorm._NormBase):
                 module.training = False
-        _watch(model, inputs, note_activity)
+        as_it_came, skipping = _watch(model, inputs)
         switch_on(model)
-        _watch(model, inputs, switched_on.append)
-    return tuple(site_of(call, as_it_came.get(call.name, False)) for call in switched_on)
+        met, noisy = _watch(model, inputs)
+        if noisy:
+            met = _quietly(model, inputs) | met
+
+    def active(name: str) -> bool:
+        if name in as_it_came:
+            return as_it_came[name].on
+        return skipping and _of_owner(came, name)
+
+    return tuple(site_of(call, active(name)) for name, call in met.items())
 
 
-def _watch(model: nn.Module, inputs: Any, note: Callable[[Call], None]) -> None:
+def _of_owner(flags: Mapping[str, bool], name: str) -> bool:
+    """The flag of the module that makes the calls of a name."""
+    path = name.partition("#")[0]
+    while path not in flags:
+        path = path.rpartition(".")[0]
+    return flags[path]
+
+
+def _watch(model: nn.Module, inputs: Any) -> tuple[dict[str, Call], bool]:
+    """The calls of a pass and the noise beside them, by name, and whether there is such noise."""
+    met: dict[str, Call] = {}
+    noisy = False
+
+    def note(operation: str, shape: tuple[int, ...] = ()) -> None:
+        nonlocal noisy
+        path = tracker.path()
+        name = tracker.number(f"{path}.{operation}" if path else operation)
+        reason = f"it draws random numbers by {operation}, outside any dropout call"
+        met[name], noisy = Call(name, operation, None, reason, shape, True), True
+
+    with intercept(model, _into(met)) as tracker, _Net(note), tracker.watching(note):
+        call_model(model, inputs)
+    return met, noisy
+
+
+def _quietly(model: nn.Module, inputs: Any) -> dict[str, Call]:
+    """The calls of a pass without noise of the model's own, by name."""
+    met: dict[str, Call] = {}
+    with switched(model, _into(met), met.clear):
+        call_model(model, inputs)
+    return met
+
+
+def _into(met: dict[str, Call]) -> Visit:
     def visit(call: Call, x: Tensor) -> Tensor:
-        note(call)
+        met[call.name] = call
         return x
 
-    with (
-        intercept(model, visit) as tracker,
-        _Net(tracker, note),
-        tracker.watching(lambda stream: note(_own_noise(tracker, stream, ()))),
-    ):
-        call_model(model, inputs)
+    return visit

@@ -3,10 +3,13 @@
 import random
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from torch import nn
+
+from droplens.discovery._calls import Call
 
 
 def outside_torch() -> dict[str, Any]:
@@ -24,9 +27,12 @@ class Tracker:
         self.paths = {module: path for path, module in model.named_modules()}
         self.running: list[nn.Module] = []
         self.met: dict[str, int] = {}
-        # What calls dropout functions, and what draws random numbers by itself.
-        self.dropping: set[nn.Module] = set()
+        # What draws random numbers by itself.
         self.drawing: set[nn.Module] = set()
+        # Names met in this pass; calls that are on, and by whom; those that stay on in eval.
+        self.names: set[str] = set()
+        self._on: dict[str, tuple[nn.Module, Call]] = {}
+        self.kept_on: dict[str, tuple[nn.Module, Call]] = {}
         # Where the streams outside torch stood at the last look; None while nobody looks.
         self._outside: dict[str, Any] | None = None
         self._note: Callable[[str], None] | None = None
@@ -68,7 +74,8 @@ class Tracker:
     def _enter(self, module: nn.Module, _: Any) -> None:
         self._look()
         if len(self.running) == 0:
-            self.met.clear()  # a new pass: numbering starts afresh
+            for met in (self.met, self.names, self._on):
+                met.clear()  # a new pass: numbering starts afresh
         self.running.append(module)
 
     def _leave(self, module: nn.Module, *_: Any) -> None:
@@ -83,8 +90,6 @@ class Tracker:
     def name_call(self, function: str) -> tuple[str, str | None]:
         """A name for the call that is being made, and the dropout module that makes it."""
         owner, path = (self.running[-1] if self.running else None), self.path()
-        if owner is not None:
-            self.dropping.add(owner)
         if isinstance(owner, nn.modules.dropout._DropoutNd):
             kind = type(owner).__name__
             return self.number(path or kind), kind
@@ -94,4 +99,26 @@ class Tracker:
         """`name`, with "#2", "#3"… when it was met before in this pass."""
         count = self.met.get(name, 0) + 1
         self.met[name] = count
-        return name if count == 1 else f"{name}#{count}"
+        name = name if count == 1 else f"{name}#{count}"
+        self.names.add(name)
+        return name
+
+    def met_on(self, call: Call) -> Call:
+        """The call, on as in train mode where it is kept on."""
+        if call.on and self.running:
+            self._on[call.name] = (self.running[-1], call)
+        if call.name not in self.kept_on:
+            return call
+        _, kept = self.kept_on[call.name]
+        return replace(call, law=kept.law, reason=kept.reason, on=True)
+
+    def keep_on(self, owners: set[nn.Module]) -> dict[str, nn.Module]:
+        """Keep on what these modules called in the last pass, by name."""
+        kept = {name: met for name, met in self._on.items() if met[0] in owners}
+        self.kept_on |= kept
+        return {name: owner for name, (owner, _) in kept.items()}
+
+    def forget(self, owners: set[nn.Module]) -> None:
+        """Keep on no more what these modules call."""
+        kept = self.kept_on.items()
+        self.kept_on = {name: met for name, met in kept if met[0] not in owners}
