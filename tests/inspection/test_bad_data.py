@@ -68,6 +68,12 @@ def test_targets_are_asked_for_where_they_weigh_examples(criterion):
         dl.measure.fisher(network(), x, criterion)
 
 
+def test_weights_that_are_all_zero_are_refused():
+    weightless = nn.CrossEntropyLoss(weight=torch.zeros(3))
+    with pytest.raises(ValueError, match="the loss weighs every one of the targets by zero"):
+        dl.inspect(network(), (x, y), weightless, draws=3, directions=1)
+
+
 def test_weighted_examples_are_measured_with_their_targets():
     seen = dl.inspect(network(), (x, y), weighted, draws=3, directions=1, seed=0)
     expected = float(dl.penalty(network(), x, weighted, targets=y))

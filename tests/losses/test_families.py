@@ -195,8 +195,33 @@ BAD_TARGETS = {
     "NaN": (nn.MSELoss(), randn(1), torch.tensor([torch.nan]), "targets holds NaN or Inf"),
     "not a probability": (nn.BCEWithLogitsLoss(), randn(1), torch.tensor([2.0]), r"in \[0, 1\]"),
     "negative count": (nn.PoissonNLLLoss(), randn(1), torch.tensor([-1.0]), "counts of at least 0"),
+    "label of 32 bits": (
+        nn.CrossEntropyLoss(), randn(2, 3), torch.tensor([0, 1]).int(), r"int32.* with \.long\(\)"
+    ),
+    "label of one bit": (
+        nn.CrossEntropyLoss(), randn(1, 2), torch.tensor([True]), r"torch\.bool, but CrossEntropy"
+    ),
+    "coins as labels": (
+        nn.BCEWithLogitsLoss(), randn(1), torch.tensor([1]), r"int64, but BCE.* with \.float\(\)"
+    ),
+    "too few class weights": (
+        nn.CrossEntropyLoss(weight=torch.ones(2)), randn(1, 3), torch.tensor([0]),
+        r"class weights of shape \(2,\), but the outputs have 3 classes",
+    ),
+    "a negative class weight": (
+        nn.CrossEntropyLoss(weight=torch.tensor([1.0, -1.0])), randn(1, 2), torch.tensor([0]),
+        r"class weights that are negative, NaN or Inf: \[1\.0, -1\.0\]",
+    ),
+    "too many weights of positives": (
+        nn.BCEWithLogitsLoss(pos_weight=torch.ones(3)), randn(4, 2), torch.zeros(4, 2),
+        r"pos_weight of shape \(3,\), which does not fit outputs of shape \(4, 2\)",
+    ),
+    "weights of another batch": (
+        nn.BCEWithLogitsLoss(weight=torch.ones(6, 1)), randn(4, 2), torch.zeros(4, 2),
+        r"weight of shape \(6, 1\), which does not fit .* in other batches",
+    ),
     "soft, wrong shape": (nn.CrossEntropyLoss(), randn(2, 3), randn(2, 2), "class probabilities"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", BAD_TARGETS.values(), ids=BAD_TARGETS.keys())

@@ -12,6 +12,7 @@ from droplens.calling import predictions
 from droplens.estimates import Estimate, exact, mean_estimate
 from droplens.gates import masks_off
 from droplens.inspection._attempt import attempt
+from droplens.inspection._flatness import NO_WEIGHT
 from droplens.inspection._sizes import MOST_PASSES, targets_of
 from droplens.inspection._subject import Subject
 from droplens.losses import family as family_of
@@ -99,7 +100,11 @@ class _Batch:
 
 
 def cost_of(subject: Subject, draws: int, generator: torch.Generator) -> Cost:
-    """Cost of dropout over all batches of the data, none of them held."""
+    """Cost of dropout over all batches of the data, none of them held.
+
+    Raises:
+        ValueError: if the loss weighs every target by zero.
+    """
     found = [
         _batch_cost(subject, part, draws, generator)
         for batch in subject.batches
@@ -107,6 +112,8 @@ def cost_of(subject: Subject, draws: int, generator: torch.Generator) -> Cost:
     ]
     summed = subject.loss.reduction == "sum"
     total = sum(batch.norm for batch in found)
+    if not summed and not total:
+        raise ValueError(NO_WEIGHT)
     weights = [1.0 if summed else batch.norm / total for batch in found]
     joint = pooled_parts(weights, [batch.parts for batch in found])
     sites = {

@@ -17,6 +17,8 @@ from droplens.gates import masks_off
 from droplens.inspection._sizes import targets_of
 from droplens.losses import family as family_of
 
+NO_WEIGHT = "the loss weighs every one of the targets by zero"
+
 
 class Scaled(nn.Module):
     """A network whose outputs are multiplied by a number τ."""
@@ -43,7 +45,7 @@ def scaled_loss(outputs: Sequence[tuple[Tensor, Tensor]], loss: nn.Module, scale
     summed = loss.reduction == "sum"
     norms = [1.0 if summed else family.normalizer(f, y) for f, y in outputs]
     if not any(norms):
-        raise ValueError("the loss weighs every one of the targets by zero")
+        raise ValueError(NO_WEIGHT)
     # Where all targets weigh nothing, torch's mean is 0/0.
     found = sum(
         n * float(loss(scale * f, y)) for n, (f, y) in zip(norms, outputs, strict=True) if n

@@ -9,7 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from droplens.labels import NO_LABEL, holds_label
-from droplens.losses._family import Family, check_finite_targets, need_targets, random_signs
+from droplens.losses._family import (
+    Family,
+    check_finite_targets,
+    check_loss_weight,
+    need_targets,
+    random_signs,
+)
 from droplens.quadrature import covariance_factor, normal_points, reached, softplus_excess
 
 # How classes interact in the Gaussian spread is smooth: with 32 points it errs by 1% at most.
@@ -174,10 +180,12 @@ class Categorical(Family):
         """Labels from 0 to C − 1 (or ignore_index), or one probability per class.
 
         Raises:
-            ValueError: if a label is out of range, or shapes disagree.
+            ValueError: if a label is out of range, shapes or types disagree, or the class weights
+                do not fit.
         """
         classes = outputs.shape[1]
         shape = tuple(targets.shape)
+        self._check_weight(classes)
         if targets.is_floating_point():
             if shape != tuple(outputs.shape):
                 raise ValueError(
@@ -189,6 +197,11 @@ class Categorical(Family):
         expected = (outputs.shape[0], *outputs.shape[2:])
         if shape != expected:
             raise ValueError(f"targets has to have shape {expected}, but got {shape}")
+        if targets.dtype not in (torch.int64, torch.uint8):
+            raise ValueError(
+                f"targets has dtype {targets.dtype}, but CrossEntropyLoss takes labels as "
+                "torch.int64; convert them with .long()"
+            )
         if not holds_label(targets, self.ignore_index):
             raise ValueError(NO_LABEL)
         used = targets[targets != self.ignore_index]
@@ -199,6 +212,16 @@ class Categorical(Family):
                 f"targets holds the label {bad}, but the outputs have {classes} classes "
                 f"(labels 0 to {classes - 1})"
             )
+
+    def _check_weight(self, classes: int) -> None:
+        if self.weight is None:
+            return
+        if tuple(self.weight.shape) != (classes,):
+            raise ValueError(
+                f"loss has class weights of shape {tuple(self.weight.shape)}, but the outputs have "
+                f"{classes} classes"
+            )
+        check_loss_weight("class weights", self.weight)
 
 
 def _meeting(d: Tensor, lifted: Tensor, points: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from droplens.losses._family import Family, check_finite_targets, need_targets
+from droplens.losses._family import Family, check_finite_targets, check_loss_weight, need_targets
 from droplens.quadrature import softplus_excess
 
 
@@ -126,9 +126,18 @@ class Binary(_Elementwise):
         """Targets in [0, 1], of the outputs' shape.
 
         Raises:
-            ValueError: if a target is outside [0, 1], NaN, or of another shape.
+            ValueError: if a target is outside [0, 1], NaN, no float or of another shape, or the
+                loss's weights do not fit.
         """
         super().check_targets(outputs, targets)
+        if not targets.is_floating_point():
+            raise ValueError(
+                f"targets has dtype {targets.dtype}, but BCEWithLogitsLoss takes floats; convert "
+                "them with .float()"
+            )
+        for name, weight in (("weight", self.weight), ("pos_weight", self.pos_weight)):
+            if weight is not None:
+                _check_fits(name, weight, outputs)
         if targets.numel() and not bool(((targets >= 0) & (targets <= 1)).all()):
             raise ValueError("targets has to be in [0, 1] for BCEWithLogitsLoss")
 
@@ -172,6 +181,17 @@ class Poisson(_Elementwise):
         super().check_targets(outputs, targets)
         if targets.numel() and bool((targets < 0).any()):
             raise ValueError("targets has to be counts of at least 0 for PoissonNLLLoss")
+
+
+def _check_fits(name: str, weight: Tensor, outputs: Tensor) -> None:
+    shape, whole = tuple(weight.shape), tuple(outputs.shape)
+    aligned = zip(shape[::-1], whole[::-1], strict=False)
+    if len(shape) > len(whole) or any(own not in (1, length) for own, length in aligned):
+        raise ValueError(
+            f"loss has a {name} of shape {shape}, which does not fit outputs of shape {whole}; one "
+            "for every example cannot follow where they come in other batches"
+        )
+    check_loss_weight(f"entries of {name}", weight)
 
 
 def _flat_terms(outputs: Tensor) -> Tensor:

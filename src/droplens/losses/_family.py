@@ -103,3 +103,8 @@ def check_finite_targets(targets: Tensor) -> None:
 
 def need_targets(what: str) -> str:
     return f"{what} weighs examples by their targets; pass targets="
+
+
+def check_loss_weight(name: str, weight: Tensor) -> None:
+    if not bool(torch.isfinite(weight).all()) or bool((weight < 0).any()):
+        raise ValueError(f"loss has {name} that are negative, NaN or Inf: {weight.tolist()}")
