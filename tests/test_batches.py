@@ -176,6 +176,21 @@ def test_exchanged_targets_are_a_change():
     assert not prints[0].agrees(prints[1])
 
 
+class Endless(Dataset):
+    def __getitem__(self, k):
+        return X[k], Y[k]
+
+
+class Torn(Endless):
+    def __len__(self):
+        return len(X)
+
+    def __getitem__(self, k):
+        if k == 3:
+            raise KeyError("row 3")
+        return X[k], Y[k]
+
+
 @pytest.mark.parametrize(
     ("data", "error", "message"),
     [
@@ -189,6 +204,16 @@ def test_exchanged_targets_are_a_change():
         (3, TypeError, "data has to be a tensor, a pair"),
         ([3], TypeError, "a batch has to be a tensor"),
         ([(X, 3)], TypeError, "targets has to be a tensor, but got int"),
+        ((X.numpy(), Y.numpy()), TypeError, "but got ndarray .torch.from_numpy makes"),
+        (
+            [(X, Y.numpy())],
+            TypeError,
+            "targets has to be a tensor, but got ndarray .torch.from_num",
+        ),
+        ([(X[0], Y[0])], ValueError, "targets is a single number, where a batch has one for each"),
+        (Endless(), TypeError, "data is a Endless without __len__"),
+        (DataLoader(Torn(), 2), ValueError, "reading the data raised KeyError: 'row 3'"),
+        (DataLoader(Endless(), 2), ValueError, r"reading the data raised TypeError: .* no len"),
     ],
 )
 def test_bad_data_is_refused(data, error, message):

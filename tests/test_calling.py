@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 import droplens as dl
-from droplens.batches import as_batches, n_examples, predicts_next_token, rows_of
+from droplens._items import predicts_next_token
+from droplens.batches import as_batches, n_examples, rows_of
 from droplens.calling import ForwardError, check_inputs, predictions
 
 loss = nn.CrossEntropyLoss()
@@ -107,6 +108,30 @@ def test_labels_of_a_causal_language_model_belong_one_position_earlier():
     with torch.no_grad():
         logits = net.eval()(tokens=tokens)["logits"][:, :-1]
     expected = loss(logits.flatten(0, 1), tokens[:, 1:].flatten())
+    assert found.base == pytest.approx(float(expected), rel=1e-6)
+
+
+class Decoding(Keywords):
+    """Called as Hugging Face calls its models that encode and decode."""
+
+    def forward(self, *, tokens, decoder_input_ids):
+        return super().forward(tokens=decoder_input_ids + 0 * tokens)
+
+    def prepare_decoder_input_ids_from_labels(self, labels):
+        return nn.functional.pad(labels[:, :-1], (1, 0))
+
+
+def test_labels_are_what_a_decoder_is_given():
+    net, given = Decoding(), {"tokens": tokens, "labels": tokens}
+    (batch,) = as_batches(given, net)
+    assert torch.equal(batch.targets, tokens)
+    assert torch.equal(batch.inputs["decoder_input_ids"][:, 1:], tokens[:, :-1])
+    (own,) = as_batches(given | {"decoder_input_ids": tokens}, net)
+    assert own.inputs["decoder_input_ids"] is tokens
+    found = dl.inspect(net, given, loss, draws=5, directions=1)
+    with torch.no_grad():
+        logits = net.eval()(**batch.inputs)["logits"]
+    expected = loss(logits.flatten(0, 1), tokens.flatten())
     assert found.base == pytest.approx(float(expected), rel=1e-6)
 
 

@@ -8,19 +8,16 @@ pass, and leaves those streams as they were.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from droplens._items import hint, splitter
 from droplens._streams import Streams, generators_of
 from droplens.calling import check_inputs, tensors_in
 from droplens.labels import IGNORED, NO_LABEL, holds_label, ignored_label
-
-TARGET_KEYS = ("labels", "label", "targets", "target")
 
 # Numbers in one chunk of a data set that is given whole: 8 MB of float32.
 _CHUNK_NUMBERS = 2**21
@@ -50,8 +47,9 @@ def as_batches(data: Any, model: nn.Module | None = None, loss: object = None) -
     of batches, each a tensor, a tuple whose last entry is the targets, or a mapping that holds
     them under "labels" or "targets". With a causal language model of Hugging Face as `model`,
     "labels" are taken as such models take them: unshifted, and compared with the predictions one
-    position earlier. With a `loss` that ignores a label, batches that hold no other are left out:
-    they count nothing, and torch's mean over them is 0/0.
+    position earlier. One that encodes and decodes is given them, moved as it wants them, unless
+    the batch holds what to decode. With a `loss` that ignores a label, batches that hold no other
+    are left out: they count nothing, and torch's mean over them is 0/0.
 
     >>> batch, = as_batches((torch.zeros(5, 2), torch.ones(5)))
     >>> batch.inputs.shape, batch.targets.shape
@@ -63,9 +61,12 @@ def as_batches(data: Any, model: nn.Module | None = None, loss: object = None) -
     """
     if isinstance(data, Batches):
         return data
-    shifts = model is not None and predicts_next_token(model)
     ignored = ignored_label(loss)
-    split = partial(_split, beyond=(IGNORED if ignored is None else ignored) if shifts else None)
+    parted = splitter(model, IGNORED if ignored is None else ignored)
+
+    def split(item: Any) -> Batch:
+        return Batch(*parted(item))
+
     batches = _read(data, split)
     return batches if ignored is None else Counted(batches, ignored)
 
@@ -83,6 +84,11 @@ def _read(data: Any, split: Callable[[Any], Batch]) -> Batches:
     if isinstance(data, Sequence) and not isinstance(data, str) and _is_pair(data):
         return _Whole(Batch(data[0], data[1]))
     if isinstance(data, Dataset) and not isinstance(data, Iterable):
+        if not hasattr(data, "__len__"):
+            raise TypeError(
+                f"data is a {type(data).__name__} without __len__, so nobody knows its examples; "
+                "give it one, or pass a DataLoader with a sampler"
+            )
         return _Loaded(DataLoader(data, batch_size=256), split)
     if isinstance(data, Iterator):
         raise TypeError(
@@ -107,51 +113,21 @@ def _is_pair(data: Sequence[Any]) -> bool:
     return len(data) == 2 and (data[1] is None or isinstance(data[1], Tensor))
 
 
-def predicts_next_token(model: nn.Module) -> bool:
-    """Whether this is a causal language model of Hugging Face, by the name of its type."""
-    names = [kind.__name__ for kind in type(model).__mro__]
-    return any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in names)
-
-
-def _split(item: Any, beyond: int | None) -> Batch:
-    """Tell inputs from targets in one batch of a loader.
-
-    Args:
-        item: the batch.
-        beyond: the label of the last position, where "labels" (n, T) belong to the predictions one
-            position earlier; None where they do not.
-
-    Raises:
-        TypeError: if the batch is nothing that holds inputs.
-    """
-    if isinstance(item, Tensor):
-        return Batch(item, None)
-    if isinstance(item, Mapping):
-        key = next((key for key in TARGET_KEYS if key in item), None)
-        inputs = {name: value for name, value in item.items() if name != key}
-        targets = None if key is None else item[key]
-        shifted = beyond is not None and key == "labels"
-        if shifted and isinstance(targets, Tensor) and targets.dim() == 2:
-            targets = F.pad(targets[:, 1:], (0, 1), value=beyond)
-        return Batch(inputs, targets)
-    if isinstance(item, list | tuple) and item:
-        if len(item) == 1:
-            return Batch(item[0], None)
-        return Batch(item[0] if len(item) == 2 else tuple(item[:-1]), item[-1])
-    raise TypeError(
-        "a batch has to be a tensor, a tuple (inputs, targets) or a mapping, but got "
-        f"{type(item).__name__}"
-    )
-
-
 def _checked(batch: Batch) -> Batch:
     check_inputs(batch.inputs)
     targets = batch.targets
     if targets is None:
         return batch
     if not isinstance(targets, Tensor):
-        raise TypeError(f"targets has to be a tensor, but got {type(targets).__name__}")
-    if targets.dim() == 0 or len(targets) != n_examples(batch.inputs):
+        raise TypeError(
+            f"targets has to be a tensor, but got {type(targets).__name__}{hint(targets)}"
+        )
+    if targets.dim() == 0:
+        raise ValueError(
+            "targets is a single number, where a batch has one for each of its examples; data that "
+            "yields single examples is batched by a DataLoader"
+        )
+    if len(targets) != n_examples(batch.inputs):
         raise ValueError(
             f"inputs has {n_examples(batch.inputs)} examples but targets has shape "
             f"{tuple(targets.shape)}"
@@ -227,18 +203,18 @@ class _Loaded(Batches):
         empty = True
         try:
             with streams.lent():
-                iterator = iter(self._loader)
+                iterator = _told(lambda: iter(self._loader))
                 streams = streams.advanced()
             while True:
                 # The streams are lent for the time of each fetch alone, so that what the
                 # consumer draws in between comes from its own.
                 with streams.lent():
                     try:
-                        item = next(iterator)
-                    except StopIteration:
-                        break
+                        item = _told(lambda: next(iterator, _NO_MORE))
                     finally:
                         streams = streams.advanced()
+                if item is _NO_MORE:
+                    break
                 empty = False
                 yield _checked(self._split(item))
         finally:
@@ -246,6 +222,21 @@ class _Loaded(Batches):
                 generator.set_state(state)
         if empty:
             raise ValueError("data is empty: there is no batch to measure on")
+
+
+_NO_MORE = object()
+
+
+def _told(read: Callable[[], Any]) -> Any:
+    """Read from a loader; what its owner's code raises is bad data.
+
+    Raises:
+        ValueError: in place of whatever it raises.
+    """
+    try:
+        return read()
+    except Exception as error:
+        raise ValueError(f"reading the data raised {type(error).__name__}: {error}") from error
 
 
 class Fingerprint:

@@ -144,7 +144,18 @@ def in_safetensors(path):
     save_file(fresh().state_dict(), path)
 
 
+def wrapped(prefix):
+    def save(path):
+        state = fresh().state_dict()
+        torch.save({f"{prefix}{name}": value for name, value in state.items()}, path)
+
+    return save
+
+
 FILES = {
+    "compiled": ("w.pt", wrapped("_orig_mod.")),
+    "of one process among many": ("w.pt", wrapped("module.")),
+    "of both": ("w.pt", wrapped("module._orig_mod.")),
     "state dict": ("w.pt", lambda path: torch.save(fresh().state_dict(), path)),
     "checkpoint": ("w.pt", nested("state_dict")),
     "checkpoint of a model": ("w.ckpt", nested("model_state_dict")),

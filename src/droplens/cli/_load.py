@@ -59,6 +59,8 @@ LOSSES = {
 }
 # Where training scripts put the weights in a checkpoint.
 _NESTED = ("state_dict", "model_state_dict", "model")
+# What torch.compile and the wrappers of torch.distributed put before every name.
+_WRAPPERS = ("_orig_mod.", "module.", "_orig_mod.")
 _SHOWN = 3
 
 
@@ -226,6 +228,7 @@ def load_weights(model: "nn.Module", path: Path) -> None:
         raise ValueError(f"there is no weights file {str(path)!r}")
     given = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
     wanted = model.state_dict()
+    given = _unwrapped(given, wanted)
     # A tensor shared by two names is saved under one of them.
     filled = {value.data_ptr() for name, value in wanted.items() if name in given}
     missing = [n for n, v in wanted.items() if n not in given and v.data_ptr() not in filled]
@@ -249,6 +252,14 @@ def load_weights(model: "nn.Module", path: Path) -> None:
             f"weights in {str(path)!r} are of another architecture; {'; '.join(differences)}"
         )
     model.load_state_dict(given, strict=False)
+
+
+def _unwrapped(given: "dict[str, Tensor]", wanted: "Mapping[str, Tensor]") -> "dict[str, Tensor]":
+    """Under the names of the network, where its wrapper was saved."""
+    for prefix in _WRAPPERS:
+        if all(name.startswith(prefix) and name not in wanted for name in given):
+            given = {name.removeprefix(prefix): value for name, value in given.items()}
+    return given
 
 
 def _some(names: Sequence[str]) -> str:

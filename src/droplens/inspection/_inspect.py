@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, final
 import torch
 from torch import Tensor, nn
 
-from droplens.batches import Batches, as_batches, checked_passes, everything, predicts_next_token
+from droplens._items import predicts_next_token
+from droplens.batches import Batches, as_batches, checked_passes, everything
 from droplens.discovery import KEPT_IN_EVAL, Site
 from droplens.discovery import sites as find_sites
 from droplens.inspection._cost import GAUSSIAN, Cost, cost_of
