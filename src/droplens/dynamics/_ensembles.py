@@ -18,8 +18,11 @@ from droplens.penalties._pooling import Group
 class Ensembles:
     """Three predictors made of one network's masks, in units of the loss; errors over masks.
 
-    A divergence below ½ tr(H Σ_f)/draws, the bias that is removed from it, may have a value below
-    zero, and of one or two examples an error that is too small.
+    Where the outputs are affine in the gates (dropout before the last linear layer alone) the
+    geometric ensemble is the scaled network, so its loss and its divergence are exact. Else a
+    divergence below ½ tr(H Σ_f)/draws, the bias that is removed from it, is a square near zero:
+    its value may lie below, and intervals hold the truth in 75–92% for one to three examples, in
+    up to 99% for many.
 
     Args:
         scaled: the loss of the network without masks, which is what a model in eval mode predicts.
@@ -109,37 +112,42 @@ def _log_means(logs: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class EnsembleSums:
-    """Adds up, over batches, what the ensembles' estimates are made of."""
+    """Adds up, over batches, what the ensembles' estimates are made of.
 
-    def __init__(self, draws: int) -> None:
-        self.draws = draws
+    Args:
+        draws: masks drawn for every batch.
+        affine: whether the outputs are affine in the gates, so that their mean needs no draws.
+    """
+
+    def __init__(self, draws: int, affine: bool = False) -> None:
+        self.draws, self.affine = draws, affine
         self.masses = 0.0
         self.scaled = 0.0
-        self.known = True
-        # loss and divergence of the geometric, then of the arithmetic ensemble
-        self.whole = torch.zeros(4, dtype=torch.float64)
-        self.others = torch.zeros(4, draws, dtype=torch.float64)
+        # Whether masks moved an output, whether both means are one, whether the second is known.
+        self.moved, self.one, self.known = False, False, True
+        # by ensemble (geometric, arithmetic): its loss and its divergence
+        self.whole = torch.zeros(2, 2, dtype=torch.float64)
+        self.others = torch.zeros(2, 2, draws, dtype=torch.float64)
 
     def add(self, scorer: InDouble, outputs: Tensor, drawn: Tensor) -> None:
         """Count a batch of outputs without masks (n, …) and under K of them (K, n, …)."""
         mass = scorer.mass
         self.masses += mass
         self.scaled += mass * scorer.loss_at(outputs)
+        self.moved = self.moved or not torch.equal(drawn, outputs.expand_as(drawn))
+        self.one = isinstance(scorer.family, Squared)
         double = drawn.double()
-        arithmetic = arithmetic_means(scorer.family, double)
-        self.known = self.known and arithmetic is not None
-        for row, means in enumerate((leave_one_out_means(double), arithmetic)):
+        geometric = None if self.affine else leave_one_out_means(double)
+        arithmetic = None if self.one else arithmetic_means(scorer.family, double)
+        self.known = self.one or arithmetic is not None
+        for row, means in enumerate((geometric, arithmetic)):
             if means is None:
                 continue
             centre, others = means
-            for k, f in enumerate((centre, *others)):
-                found = torch.tensor(
-                    [scorer.loss_at(f), scorer.divergence(f, outputs)], dtype=torch.float64
-                )
-                if k == 0:
-                    self.whole[2 * row : 2 * row + 2] += mass * found
-                else:
-                    self.others[2 * row : 2 * row + 2, k - 1] += mass * found
+            found = [[scorer.loss_at(f), scorer.divergence(f, outputs)] for f in (centre, *others)]
+            parts = mass * torch.tensor(found, dtype=torch.float64)  # (K + 1, 2)
+            self.whole[row] += parts[0]
+            self.others[row] += parts[1:].mT
 
     def estimates(self, summed: bool, drops: bool) -> Ensembles:
         """With the bias of a finite number of draws removed by the jackknife.
@@ -149,21 +157,18 @@ class EnsembleSums:
             drops: whether masks change anything; where they do not, all three are one.
         """
         total = 1.0 if summed else self.masses
-        scaled = self.scaled / total
-        if not drops:
-            one, nothing = exact(scaled), exact(0.0)
-            known = self.known
-            return Ensembles(
-                one, one, one if known else None, nothing, *([nothing if known else None] * 2)
-            )
-        rows = [
-            jackknife(float(whole) / total, others / total)
-            for whole, others in zip(self.whole, self.others, strict=True)
-        ]
-        geometric, geometric_divergence, arithmetic, arithmetic_divergence = rows
+        scaled, still = exact(self.scaled / total), not (drops and self.moved)
+
+        def mean(row: int, known: bool) -> tuple[Estimate, Estimate]:
+            if known:
+                return scaled, exact(0.0)
+            whole, others = self.whole[row] / total, self.others[row] / total
+            loss, divergence = map(jackknife, whole.tolist(), others)
+            return loss, divergence
+
+        geometric = mean(0, still or self.affine)
         if not self.known:
-            return Ensembles(exact(scaled), geometric, None, geometric_divergence, None, None)
-        gain = Estimate(scaled - arithmetic.value, arithmetic.standard_error, self.draws)
-        return Ensembles(
-            exact(scaled), geometric, arithmetic, geometric_divergence, arithmetic_divergence, gain
-        )
+            return Ensembles(scaled, geometric[0], None, geometric[1], None, None)
+        arithmetic = geometric if self.one else mean(1, still)
+        gain = replace(arithmetic[0], value=scaled.value - arithmetic[0].value)
+        return Ensembles(scaled, geometric[0], arithmetic[0], geometric[1], arithmetic[1], gain)

@@ -14,6 +14,7 @@ from droplens.batches import Batch, as_batches, rows_of
 from droplens.calling import check_outputs, predictions
 from droplens.discovery import Call, guarded, switched
 from droplens.discovery import sites as find_sites
+from droplens.dynamics._affine import is_affine
 from droplens.dynamics._ensembles import Ensembles, EnsembleSums, InDouble, leave_one_out_means
 from droplens.estimates import Estimate, exact, jackknife, mean_estimate
 from droplens.gates import draw_masks, masks_off, masks_replaced
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 # Outputs under masks that are held at once, 128 MB of float32.
 _HELD = 1 << 25
+# Examples that show whether the outputs are affine in the gates.
+_LOOKED_AT = 64
 
 
 @dataclass(frozen=True)
@@ -166,13 +169,17 @@ def explain_gap(
     weight = next(model.parameters(), torch.empty(0))
     source, used_seed = private_generator(generator, seed, weight.device)
     live = _live_norms(model)
-    drops = any(s.law is not None and getattr(s.law, "p", None) != 0 for s in found)
+    rates = [getattr(site.law, "p", None) for site in found if site.law is not None]
+    drops = any(rate != 0 for rate in rates)
     summed = getattr(loss, "reduction", "mean") == "sum"
     with torch.no_grad():
         trained = _Training(model, family, loss, draws, source, live)
         for batch, targets in labelled(seen):
             trained.add(batch, targets)
-        validated = _Validation(model, family, loss, draws if drops else 2, source)
+        few = rows_of(next(iter(unseen)).inputs, slice(_LOOKED_AT))
+        # Masks have mean one, but where they drop everything.
+        affine = drops and 1 not in rates and is_affine(model, few, source)
+        validated = _Validation(model, family, loss, draws if drops else 2, source, affine)
         for batch, targets in labelled(unseen):
             validated.add(batch, targets)
     base, spread, shift, norm_mode, total = trained.estimates(summed, drops)
@@ -323,11 +330,17 @@ class _Validation:
     """Adds up, over validation batches, losses by example and the ensembles' sums."""
 
     def __init__(
-        self, model: nn.Module, family: Family, loss: Any, draws: int, source: torch.Generator
+        self,
+        model: nn.Module,
+        family: Family,
+        loss: Any,
+        draws: int,
+        source: torch.Generator,
+        affine: bool,
     ) -> None:
         self.model, self.family, self.loss = model, family, loss
         self.draws, self.source = draws, source
-        self.ensembles = EnsembleSums(draws)
+        self.ensembles = EnsembleSums(draws, affine)
         self.values: list[float] = []
         self.masses: list[float] = []
 

@@ -163,7 +163,7 @@ TRAINING: Final[Mapping[str, Extra]] = {
 def gap_verdicts(gap: GapExplained, unit: str) -> list[Verdict]:
     """Whether averaging over masks pays on held-out data."""
     gain = gap.ensembles.gain
-    if gain is None or gain.standard_error == 0:  # unknown, or the network drops nothing
+    if gain is None or gain.standard_error == 0:  # unknown, or exactly nothing
         return []
     low, high = gain.interval()
     if low > 0:
