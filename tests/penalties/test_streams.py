@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import droplens as dl
 from droplens.estimates import Estimate
+from droplens.penalties._result import pooled_penalty
 from tests.penalties.test_decompose import truth
 from tests.penalties.test_penalty import cross_entropy, deep_network, labels, x
 from tests.processes import both
@@ -161,6 +162,8 @@ for name, loss in LOSSES.items():
     for method in ("gaussian", "second_order"):
         whole = dl.penalty(net, x[mine], loss, method, **here).all_reduce()
         found[name, method] = [float(whole), *map(float, whole.by_site.values())]
+    drawn = dl.penalty(net, x[mine], loss, "sampled", draws=4, seed=rank, **here).all_reduce()
+    found[name, "sampled"] = [float(drawn), drawn.standard_error, *drawn.site_errors.values()]
     curve = dl.penalty_curve(net, x[mine], loss, [0.1, 0.5], **here).all_reduce(dist.group.WORLD)
     found[name, "curve"] = [*curve.total.tolist(), *curve.by_site["5"].tolist()]
     parts = dl.decompose(net, x[mine], labels[mine], loss, 60, seed=rank, sites=["2"]).all_reduce()
@@ -196,6 +199,14 @@ def test_two_processes_hold_the_whole(tmp_path):
             whole = dl.penalty(net, x, loss, method, targets=labels)
             expected = [float(whole), *(float(v.detach()) for v in whole.by_site.values())]
             assert first[f"{name} {method}"] == pytest.approx(expected, rel=1e-10)
+        drawn = pooled_penalty(
+            [
+                dl.penalty(net, x[k], loss, "sampled", targets=labels[k], draws=4, seed=rank)
+                for rank, k in enumerate((slice(0, 2), slice(2, 5)))
+            ]
+        )
+        expected = [float(drawn), drawn.standard_error, *drawn.site_errors.values()]
+        assert first[f"{name} sampled"] == pytest.approx(expected, rel=1e-10)
         curve = dl.penalty_curve(net, x, loss, [0.1, 0.5], targets=labels)
         expected = [*curve.total.tolist(), *curve.by_site["5"].tolist()]
         assert first[f"{name} curve"] == pytest.approx(expected, rel=1e-10)

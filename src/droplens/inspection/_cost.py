@@ -41,6 +41,7 @@ class SiteCost:
     shift: Estimate
     gaussian: float | None
     second_order: float | None
+    second_order_error: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -123,13 +124,14 @@ def cost_of(subject: Subject, draws: int, generator: torch.Generator) -> Cost:
             alone.shift,
             _average(weights, [_at(batch, batch.gaussian, name) for batch in found]),
             _average(weights, [_at(batch, batch.second_order, name) for batch in found]),
+            _error(weights, [_errors(batch).get(name, 0.0) for batch in found]),
         )
         for name, alone in pooled_by_site(weights, [b.parts.by_site for b in found]).items()
     }
     participation: dict[str, float] = {}
     for batch in reversed(found):
         participation |= {} if batch.gaussian is None else batch.gaussian.participation
-    sampled = [b.second_order.standard_error if b.second_order else 0.0 for b in found]
+    sampled = [batch.second_order.standard_error if batch.second_order else 0.0 for batch in found]
     return Cost(
         exact(_sum(weights, [batch.parts.base.value for batch in found])),
         joint.gap,
@@ -149,7 +151,7 @@ def cost_of(subject: Subject, draws: int, generator: torch.Generator) -> Cost:
             )
         ),
         participation,
-        math.hypot(*(w * error for w, error in zip(weights, sampled, strict=True))),
+        _error(weights, sampled),
         merged(batch.refused for batch in found),
     )
 
@@ -177,6 +179,7 @@ def pooled_cost(costs: Sequence[Cost]) -> Cost:
             mean([a.shift for a in alone]),
             average([a.gaussian for a in alone]),
             average([a.second_order for a in alone]),
+            math.hypot(*(a.second_order_error for a in alone)) / len(alone),
         )
     return replace(
         first,
@@ -224,6 +227,16 @@ def _at(batch: _Batch, value: Penalty | None, name: str) -> float | None:
     if name not in batch.parts.by_site:
         return 0.0
     return float(value.by_site[name]) if value is not None and name in value.by_site else None
+
+
+def _errors(batch: _Batch) -> Mapping[str, float]:
+    """By site, of the second-order value."""
+    return batch.second_order.site_errors if batch.second_order else {}
+
+
+def _error(weights: Sequence[float], errors: Sequence[float]) -> float:
+    """Of a weighted sum of independent values."""
+    return math.hypot(*(w * error for w, error in zip(weights, errors, strict=True) if w))
 
 
 def _average(weights: Sequence[float], values: Sequence[float | None]) -> float | None:

@@ -15,9 +15,10 @@ from droplens.losses import Family
 
 @dataclass(frozen=True)
 class Drawn:
-    """The spread of every example (n), its total's standard error, and what a penalty tells."""
+    """The spread of every example (n), standard errors, the total's too, and more of a penalty."""
 
     per_example: Tensor
+    errors: Tensor
     standard_error: float
     unmeasured: dict[str, str]
     divisor: float | None
@@ -59,9 +60,13 @@ def drawn_spread(
     f = torch.stack([family.natural(output) for output in outputs])  # (K, n, T, C)
     values = (weights * pseudo_values(family, f)).sum(-1)  # (K, n)
     totals = values.detach().double().sum(1)
-    error = float(totals.std() / len(totals) ** 0.5) if len(totals) > 1 else 0.0
+    root = len(totals) ** 0.5
+    error = float(totals.std() / root) if len(totals) > 1 else 0.0
+    each = values.detach().double()
+    errors = each.std(0) / root if len(totals) > 1 else torch.zeros_like(each[0])
     unmeasured = {site.name: site.reason or "" for site in found if site.law is None}
-    return Drawn(values.mean(0), error, unmeasured, family.divisor(outputs[0].detach(), targets))
+    divisor = family.divisor(outputs[0].detach(), targets)
+    return Drawn(values.mean(0), errors, error, unmeasured, divisor)
 
 
 def pseudo_values(family: Family, f: Tensor) -> Tensor:

@@ -139,10 +139,11 @@ class _Asked:
         parts = []
         with torch.enable_grad():
             for network in self._opened(inputs, targets, keep):
-                error, counts = 0.0, dict[str, float]()
+                counts, site_errors = dict[str, float](), dict[str, float]()
+                errors: Tensor | None = None
                 by_site: Mapping[str, Tensor]
                 if source is not None:
-                    by_site, each, error = _sampled(network, self.draws, source, keep)
+                    by_site, each, site_errors, errors = _sampled(network, self.draws, source, keep)
                 elif self._to_second_order:
                     by_site, each = _second_order(network, keep)
                 else:
@@ -155,11 +156,13 @@ class _Asked:
                         self.method,
                         self._approximation,
                         counts,
-                        error,
+                        0.0 if errors is None else float(errors.norm()),
                         seed,
                         notes_on(network, counts),
                         network.unmeasured,
                         network.divisor,
+                        site_errors,
+                        errors,
                     )
                 )
         return parts[0] if len(parts) == 1 else together(parts)
@@ -185,6 +188,7 @@ class _Asked:
                 seed=seed,
                 unmeasured=found.unmeasured,
                 divisor=found.divisor,
+                example_errors=found.errors,
             )
 
     @property
@@ -251,25 +255,33 @@ def _second_order(network: Network, keep: bool) -> tuple[dict[str, Tensor], Tens
 
 def _sampled(
     network: Network, draws: int, generator: torch.Generator, keep: bool
-) -> tuple[dict[str, Tensor], Tensor, float]:
-    """½ sᵀ C̄ s for s pulled back from random probes, by site and example; the total's error."""
+) -> tuple[dict[str, Tensor], Tensor, dict[str, float], Tensor]:
+    """½ sᵀ C̄ s for s pulled back from random probes, by site and by example, with their errors."""
     by_site, total = _nothing(network)
     if not by_site:
-        return by_site, total, 0.0
+        return by_site, total, {}, total.detach()
     scale = network.weights.sqrt().unsqueeze(-1)
+    alone: dict[str, list[Tensor]] = {name: [] for name in by_site}
     found = []
     for _ in range(draws):
         probe = network.family.probe(network.f, generator)
         whole = torch.zeros_like(total)
         for name, each in _half_quadratics(network, scale * probe, keep).items():
             by_site[name] = by_site[name] + each.sum() / draws
+            alone[name].append(each.detach().double())
             whole = whole + each
         total = total + whole / draws
         found.append(whole.detach().double())
-    drawn = torch.stack(found)  # (draws, n), independent over draws and examples
+    site_errors = {name: float(_example_errors(drawn).norm()) for name, drawn in alone.items()}
+    return by_site, total, site_errors, _example_errors(found)
+
+
+def _example_errors(drawn: Sequence[Tensor]) -> Tensor:
+    """Standard errors (n) of means over probes, independent of one another."""
+    values, draws = torch.stack(list(drawn)), len(drawn)
     # One draw shows no spread around its own mean; its square bounds the variance from above.
-    variance = drawn.var(0) if draws > 1 else drawn[0].square()
-    return by_site, total, float((variance / draws).sum().sqrt())
+    variance = values.var(0) if draws > 1 else values[0].square()
+    return (variance / draws).sqrt()
 
 
 def _half_quadratics(network: Network, cotangent: Tensor, keep: bool) -> dict[str, Tensor]:

@@ -29,11 +29,17 @@ class Penalty:
         approximation: of what order the value is, in words.
         participation: by site, how many equal coins would make the output noise of an example;
             for the Gaussian value, which leans on many.
-        standard_error: of the total over probes, for "sampled", or masks, for "masks"; else 0.
+        standard_error: of the total over probes, for "sampled", or masks, for "masks"; else 0. With
+            the 16 masks of the default, few products are skewed: 95% intervals hold the truth in
+            89% for one example, 92% for two, 95% for five.
         seed: repeats the probes or masks; None if none were drawn.
         notes: what a reader of the number should know.
         unmeasured: sites that are not counted (no law, or a mask that mixes examples), and why.
         divisor: what the loss's mean divides by; None for a sum.
+        site_errors: standard errors of `by_site`; empty where nothing was sampled.
+        example_errors: those of `per_example`, (n); None where nothing was sampled. Of a single
+            probe an error is as skewed as its value: of one example 95% intervals hold the truth
+            in 75%, of 20 probes in 95%.
     """
 
     total: Tensor
@@ -47,6 +53,8 @@ class Penalty:
     notes: tuple[str, ...] = ()
     unmeasured: Mapping[str, str] = field(default_factory=dict)
     divisor: float | None = None
+    site_errors: Mapping[str, float] = field(default_factory=dict)
+    example_errors: Tensor | None = None
 
     def __float__(self) -> float:
         return float(self.total.detach())
@@ -72,8 +80,10 @@ class Penalty:
         packed = processes.summed(
             [float(value.detach()) * share for value in mine]
             + [share * self.participation[name] for name in counts]
+            + [(share * error) ** 2 for error in self.site_errors.values()]
             + [(share * self.standard_error) ** 2, share]
         )
+        squares = packed[len(mine) + len(counts) : -2]
         total, *sites = (self.total.new_tensor(value) for value in packed[: len(mine)])
         return replace(
             self,
@@ -85,6 +95,8 @@ class Penalty:
             },
             standard_error=packed[-2] ** 0.5,
             divisor=processes.divisor,
+            site_errors={n: s**0.5 for n, s in zip(self.site_errors, squares, strict=True)},
+            example_errors=None if self.example_errors is None else share * self.example_errors,
         )
 
 
@@ -134,6 +146,7 @@ def pooled_penalty(found: Sequence[Penalty]) -> Penalty:
     weights = shares([part.divisor for part in found])
     divisors = [part.divisor for part in found if part.divisor is not None]
     counted = [w / sum(weights) for w in weights]
+    squares = [{name: e**2 for name, e in part.site_errors.items()} for part in found]
     return replace(
         found[0],
         total=weighted(weights, [part.total for part in found]),
@@ -146,4 +159,11 @@ def pooled_penalty(found: Sequence[Penalty]) -> Penalty:
         notes=tuple(dict.fromkeys(note for part in found for note in part.notes)),
         unmeasured=merged(part.unmeasured for part in found),
         divisor=sum(divisors) if divisors else None,
+        site_errors={n: s**0.5 for n, s in by_name([w**2 for w in weights], squares).items()},
+        example_errors=_pooled_errors(weights, [part.example_errors for part in found]),
     )
+
+
+def _pooled_errors(weights: Sequence[float], errors: Sequence[Tensor | None]) -> Tensor | None:
+    parts = [w * e for w, e in zip(weights, errors, strict=True) if e is not None]
+    return torch.cat(parts) if parts else None

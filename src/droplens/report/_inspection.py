@@ -206,7 +206,7 @@ def _known(part: Estimate) -> Estimate | None:
     return None if math.isnan(part.value) else part
 
 
-def _sampled(cost: Cost) -> Estimate | None:
+def _sampled(cost: Cost | SiteCost) -> Estimate | None:
     """The second-order value, with the error of its probes where it was sampled."""
     if cost.second_order is None:
         return None
@@ -240,7 +240,7 @@ def _spread_table(costs: Mapping[str, Cost], unit: str) -> Table:
             _known(part.spread),
             part.gaussian,
             _distance(part.gaussian, part.spread),
-            _sampled(part) if isinstance(part, Cost) else part.second_order,
+            _sampled(part),
             _distance(part.second_order, part.spread),
         )
         for label, part in _cost_rows(costs)
