@@ -117,7 +117,7 @@ def explain_gap(
     training: Any,
     validation: Any,
     loss: Any,
-    draws: int = 50,
+    draws: int = 200,
     *,
     generator: torch.Generator | None = None,
     seed: int | None = None,
