@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from droplens import measure
-from droplens.estimates import Estimate
+from droplens.estimates import Estimate, t_bound
 from droplens.measure import _density, _hessian
 from droplens.measure._masks import Applied
 from droplens.measure._operators import WeightMatrix
@@ -111,7 +111,8 @@ class Written(WeightMatrix):
         return self._mean[1]
 
     def products_of_draw(self, draw, V):
-        return self._of(range(draw, draw + 1)) @ V
+        self._of(range(draw, draw + 1))
+        return self._matrices[self._drawn[draw]] @ V
 
     def products(self, V, draws=None):
         count = self.masks.count
@@ -148,6 +149,8 @@ def subject(name):
         return network(), examples()
     if name == "wide":
         return network(8, 4), examples()
+    if name == "alone":
+        return small()
     model, data = network(4, 12), examples(2 if name == "two" else 20, 12)
     if name == "trained":
         optimizer = torch.optim.Adam(model.parameters(), 0.02)
@@ -285,32 +288,29 @@ def test_hessian(monkeypatch, name):
     assert_all_cover(run, truths)
 
 
-def test_the_largest_expected_eigenvalue():
-    model, data = network(UNITS, 1), examples(N, 1)
-    H = over_all_masks(dense_hessian, model, data)
-    truth = float(torch.linalg.eigvalsh(H)[-1])
+@pytest.mark.parametrize("draws", [16, 256])
+@pytest.mark.parametrize("name", [*EXPECTED, "alone"])
+def test_the_largest_expected_eigenvalues(monkeypatch, name, draws):
+    """Wherever nearly all runs state an interval, as many of those hold as they say.
 
-    def run(seed):
-        found = measure.hessian(model, data, CE, 1, "expected", seed=seed)
-        return Estimate(
-            float(found.top_eigenvalues[0]), float(found.standard_errors[0]), found.draws
-        )
-
-    assert_covers(run, truth)
-
-
-@pytest.mark.xfail(reason="some are nearer to each other than their errors, as `hessian` says")
-@pytest.mark.parametrize("name", EXPECTED)
-def test_the_largest_expected_eigenvalues(monkeypatch, name):
+    Where only some do, noise chooses them, by driving eigenvalues from each other: of these more
+    may hold, or fewer. But nowhere do more of all runs state a wrong one than would of valid ones.
+    """
     model, data, H = written(monkeypatch, dense_hessian, name)
-    truths = torch.linalg.eigvalsh(H).flip(0)[:5].tolist()
-
-    def run(seed):
-        found = measure.hessian(model, data, CE, masks="expected", seed=seed)
-        pairs = zip(found.top_eigenvalues.tolist(), found.standard_errors.tolist(), strict=True)
-        return [Estimate(value, error, found.draws) for value, error in pairs]
-
-    assert_all_cover(run, truths)
+    truths = torch.linalg.eigvalsh(H).flip(0)[:5]
+    stated, held = torch.zeros(5), torch.zeros(5)
+    for seed in range(REPEATS):
+        found = measure.hessian(model, data, CE, masks="expected", probes=2, draws=draws, seed=seed)
+        errors = found.standard_errors
+        stated += ~errors.isnan()
+        held += (found.top_eigenvalues - truths).abs() <= t_bound(draws - 1) * errors
+    wrong, most = (stated - held) / REPEATS, stated >= 0.95 * REPEATS
+    assert float(wrong.max()) <= 0.07, (stated, held)
+    assert (held / stated)[stated >= REPEATS / 2].ge(0.93).all(), (stated, held)
+    covered = (held / stated)[most]
+    assert ((covered >= 0.93) & (covered <= 0.97)).all(), (stated, held)
+    # As many draws tell the largest eigenvalue apart, but where two examples' are nearly the same.
+    assert draws == 16 or bool(most[0]) == (name != "alone")
 
 
 @pytest.mark.parametrize("method", ["sampled", "sampled_hessian"])

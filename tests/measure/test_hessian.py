@@ -181,8 +181,9 @@ def test_what_is_not_known_to_5_percent_says_so():
     assert note.startswith("the relative trace has a standard error of ")
     assert f"probes={len(H)} in place of 400 would make that 5%" in note
     under = measure.hessian(model, (x, y), CE, 1, "expected", probes=4, draws=2, seed=0)
-    assert all("in place of 4 and more draws of masks" in note for note in under.notes)
-    assert under.notes
+    of_traces = [note for note in under.notes if "trace" in note]
+    assert all("in place of 4 and more draws of masks" in note for note in of_traces)
+    assert of_traces
     # What is known well has nothing to say.
     assert measure.hessian(model, (x, y), CE, top=1, probes=len(H), seed=0).notes == ()
 

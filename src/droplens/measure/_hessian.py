@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from droplens.batches import checked_passes
 from droplens.estimates import Estimate, crossed_estimate, mean_estimate
+from droplens.measure._apart import draws_needed, note_of, pairs_to_find
 from droplens.measure._checks import warn_of_nothing
 from droplens.measure._directions import Direction
 from droplens.measure._lanczos import columns_at_once, random_signs, rayleigh, top_pairs
@@ -37,18 +38,20 @@ class Hessian:
             2023). Unlike the trace it stays when a ReLU unit's incoming weights grow and its
             outgoing ones shrink by one factor.
         top_eigenvalues: the algebraically largest, falling, float64; with "expected", of the mean
-            over the draws, which are biased upwards by O(1/draws). Eigenvalues nearer to each other
-            than a few of their errors are not told apart, and 95% intervals of such ones held them
-            91 to 99 times in 100; many draws tell them apart.
+            over the draws, which are biased upwards by O(1/draws).
         standard_errors: of `top_eigenvalues` over masks, to first order: that of qᵀH(mask)q; 0
-            where the masks are not averaged over.
+            where the masks are not averaged over. NaN where so few draws do not tell an eigenvalue
+            apart: where their noise turns q by an angle of square above 1/50, biases λ by over a
+            quarter of its error, or leaves another λ within two errors of the difference. Where
+            only some of repeated runs would give one, noise chose them: fewer may hold.
         residuals: ‖Hq − λq‖ of each eigenpair with ‖q‖ = 1; an eigenvalue is off by at most that.
         eigenvectors: q by parameter, ready to be used as directions of `flatness` and `plane`.
         masks: "off", "fixed" or "expected", as for `flatness`; "expected" is the Hessian of the
             loss averaged over masks.
         draws: of masks; 0 for "off".
         seed: repeats probes and masks.
-        notes: which of the traces is known to worse than 5%, and what would mend it.
+        notes: which of the traces is known to worse than 5%, which eigenvalues are not told apart
+            by so many draws, and what would mend it.
     """
 
     trace: Estimate
@@ -115,13 +118,14 @@ def hessian(  # noqa: PLR0913  # the last four are keywords with defaults
         if top > H.size:
             raise ValueError(f"top is {top}, but the model has only {H.size} trainable numbers")
         if H.size <= DENSE:
-            Q, traces = _dense(H, top)
+            Q, traces = _dense(H)
         else:
-            _, Q = top_pairs(H, top, source)
+            _, Q = top_pairs(H, pairs_to_find(top, H), source)
             traces = Traces(H, Q)
             traces.probe(probes, source)
-        values, residuals = rayleigh(Q, traces.mean[:, :top])
+        values, residuals = rayleigh(Q[:, :top], traces.mean[:, :top])
         trace, relative = traces.estimates()
+        errors, near = traces.errors(top)
         moves = H.moves
     if not moves:
         warn_of_nothing("hessian", trace.value)
@@ -129,13 +133,13 @@ def hessian(  # noqa: PLR0913  # the last four are keywords with defaults
         trace,
         relative,
         torch.from_numpy(values),
-        torch.from_numpy(traces.errors()[:top]),
+        torch.from_numpy(errors),
         torch.from_numpy(residuals),
-        tuple(H.named(q) for q in Q.T),
+        tuple(H.named(q) for q in Q.T[:top]),
         masks,
         0 if masks == "off" else applied.count,
         used_seed,
-        _notes(traces),
+        _notes(traces) + near,
     )
 
 
@@ -159,11 +163,11 @@ def _notes(traces: "Traces") -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _dense(H: WeightMatrix, top: int) -> tuple[Vector, "Traces"]:
+def _dense(H: WeightMatrix) -> tuple[Vector, "Traces"]:
     """Eigenvectors and traces from the matrix itself."""
     matrix = H.products(np.eye(H.size))
     _, vectors = np.linalg.eigh((matrix + matrix.T) / 2)
-    return vectors[:, ::-1][:, :top].copy(), Traces(H, vectors[:, ::-1])
+    return vectors[:, ::-1], Traces(H, vectors[:, ::-1])
 
 
 class Traces:
@@ -179,22 +183,23 @@ class Traces:
         self._squares = H.weights() ** 2
         count = H.masks.count
         self.mean = np.zeros_like(Q)
-        forms, known = [], []
+        inner, lengths, known = [], [], []
         for draw in range(count):
             HQ = H.products_of_draw(draw, Q)
-            forms.append((Q * HQ).sum(0, dtype=np.float64))
-            known.append(self._known(HQ))
+            inner.append(np.einsum("ki,kj->ij", Q, HQ, dtype=np.float64))
+            lengths.append(_lengths(HQ))
+            known.append(self._known(HQ, inner[-1]))
             HQ /= count
             self.mean += HQ
-        self._forms = np.array(forms)
+        # (draws, t, t): q_jᵀHq_i of every draw; (draws, t): ‖Hq‖².
+        self._forms, self._lengths = np.array(inner), np.array(lengths)
         # (draws, 1, 2): what is known of both traces.
         self._base = torch.tensor(known, dtype=torch.float64).reshape(count, 1, 2)
         self._table = self._base
         self.size, self.probes = H.size, 0  # probes drawn at random
 
-    def _known(self, HQ: Vector) -> tuple[float, float]:
+    def _known(self, HQ: Vector, inner: Vector) -> tuple[float, float]:
         Q = self._Q
-        inner = Q.T @ HQ
         # Without arrays of Q's size on the way.
         diagonal = 2 * np.einsum("ij,ij->i", Q, HQ) - np.einsum("ij,jk,ik->i", Q, inner, Q)
         return float(np.trace(inner)), float(self._squares @ diagonal)
@@ -262,11 +267,28 @@ class Traces:
             )
         return trace, relative
 
-    def errors(self) -> Vector:
-        """Standard errors of qᵀHq over masks."""
-        forms, n = self._forms, len(self._forms)
-        errors: Vector = forms.std(0, ddof=1) / math.sqrt(n) if n > 1 else np.zeros(forms.shape[1])
-        return errors
+    def errors(self, top: int) -> tuple[Vector, tuple[str, ...]]:
+        """Standard errors over masks of the first `top` qᵀHq, and what is to be said of them.
+
+        The columns of Q have to be eigenvectors of the mean. NaN where draws do not tell apart.
+        """
+        draws, found = self._lengths.shape
+        if draws == 1:
+            return np.zeros(top), ()
+        # ‖(I − P)Hq‖², over draws less that of their mean.
+        kept = np.square(self._forms).sum(1)
+        of_mean = _lengths(self.mean) - np.square(self._forms.mean(0)).sum(0)
+        beyond = ((self._lengths - kept).sum(0) - draws * of_mean) / (draws - 1)
+        beyond = beyond.clip(0) * (found < self.size)
+        needed = draws_needed(self._forms, beyond, float(np.finfo(self._H.dtype).eps))[:top]
+        errors = self._forms.diagonal(axis1=1, axis2=2)[:, :top].std(0, ddof=1) / math.sqrt(draws)
+        return np.where(needed > draws, np.nan, errors), note_of(needed, draws)
+
+
+def _lengths(columns: Vector) -> Vector:
+    """Their squared lengths, summed up in float64 without another array of their size."""
+    lengths: Vector = np.einsum("ij,ij->j", columns, columns, dtype=np.float64)
+    return lengths
 
 
 def probes_needed(samples: Tensor) -> int:

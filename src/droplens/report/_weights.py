@@ -125,11 +125,11 @@ def hessian_section(
     sets: Mapping[str, Sequence[Hessian]], unit: str, title: str, masks: str = "dropout off"
 ) -> Section:
     """Traces and top eigenvalues of the loss's Hessian, by set."""
-    rows = []
+    rows: list[tuple[str | Estimate, ...]] = []
     for name, curved in sets.items():
-        tops = zip(*(h.top_eigenvalues.tolist() for h in curved), strict=True)
+        tops = zip(*map(_eigenvalues, curved), strict=True)
         traces = ([h.trace for h in curved], [h.relative_trace for h in curved])
-        rows.append((name, *map(pooled, traces), *map(over, tops)))
+        rows.append((name, *map(pooled, (*traces, *tops))))
     columns = [
         Column("set"),
         Column("trace", unit),
@@ -146,6 +146,11 @@ def hessian_section(
         + _noted(sets),
     )
     return Section(title, _HESSIAN_TEXT, [table])
+
+
+def _eigenvalues(found: Hessian) -> list[Estimate]:
+    pairs = zip(found.top_eigenvalues.tolist(), found.standard_errors.tolist(), strict=True)
+    return [Estimate(value, error, max(1, found.draws)) for value, error in pairs]
 
 
 def _noted(sets: Mapping[str, Sequence[Hessian]]) -> str:
