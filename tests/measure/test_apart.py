@@ -109,3 +109,20 @@ def test_without_masks_all_are_told_apart():
         found = measure.hessian(network(), examples(), CE, masks=masks, seed=0)
         assert (found.standard_errors == 0).all()
         assert not any("apart" in note for note in found.notes)
+
+
+def test_eigenvalues_of_the_expected_fisher_information():
+    model, (x, _) = network(), examples()
+    few = {"probes": 2, "steps": 1}
+    found, other = (
+        measure.fisher_spectrum(model, x, CE, 3, "expected", draws=64, seed=seed, **few)
+        for seed in range(2)
+    )
+    stated = ~found.standard_errors.isnan()
+    assert stated[0]
+    assert bool(stated.all()) == (not found.notes)
+    distance = abs(float(found.top_eigenvalues[0] - other.top_eigenvalues[0]))
+    assert 0 < distance < 4 * float(found.standard_errors[0].hypot(other.standard_errors[0]))
+    off = measure.fisher_spectrum(model, x, CE, 3, seed=0, **few)
+    assert (off.standard_errors == 0).all()
+    assert off.notes == ()

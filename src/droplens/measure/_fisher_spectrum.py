@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from droplens.batches import checked_passes
 from droplens.estimates import Estimate
+from droplens.measure._apart import pairs_to_find
 from droplens.measure._checks import warn_of_nothing
 from droplens.measure._density import check_counts, matrix_of, times
 from droplens.measure._directions import Direction
@@ -16,7 +17,13 @@ from droplens.measure._hessian import DENSE, Traces
 from droplens.measure._lanczos import rayleigh, top_pairs
 from droplens.measure._masks import Masking, Masks
 from droplens.measure._operators import Vector, WeightMatrix
-from droplens.measure._quadrature import Quadrature, draws_for, quadrature, steps_for
+from droplens.measure._quadrature import (
+    Quadrature,
+    beside,
+    draws_for,
+    quadrature,
+    steps_for,
+)
 from droplens.randomness import private_generator
 
 _STEPS = 48
@@ -28,20 +35,25 @@ class FisherSpectrum:
 
     Args:
         top_eigenvalues: the largest, falling, float64; with "expected", of the mean over the draws.
+        standard_errors: of `top_eigenvalues` over masks, as for `hessian`: NaN where so few draws
+            do not tell an eigenvalue apart.
         residuals: ‖Fq − λq‖ of each eigenpair with ‖q‖ = 1; an eigenvalue is off by at most that.
         eigenvectors: q by parameter, ready to be used as directions of `flatness` and `plane`.
         effective_dimension: Σ λ/(λ + τ), how many directions of the weights the data determine,
             with its error over probes (and masks); 0 where nothing was sampled.
         damping: τ, in units of the loss.
-        trace: Σ λ, exact on the span of the eigenvectors found and probed on the rest, as for
-            `hessian`; `fisher` gives it without probes.
+        trace: Σ λ; `fisher` gives it without probes. Like the effective dimension it is exact on
+            the span of the eigenvectors found, and probed on the rest; with "expected" the trace
+            alone is, as for `hessian`.
         quadrature: nodes and weights, from which Σ f(λ) can be had for other f and τ.
         masks: "off", "fixed" or "expected", as for `flatness`.
         draws: of masks; 0 for "off".
         seed: repeats probes and masks.
+        notes: which eigenvalues are not told apart, and what would mend it.
     """
 
     top_eigenvalues: Tensor
+    standard_errors: Tensor
     residuals: Tensor
     eigenvectors: tuple[Direction, ...] = field(repr=False)
     effective_dimension: Estimate
@@ -51,6 +63,7 @@ class FisherSpectrum:
     masks: Masks
     draws: int
     seed: int
+    notes: tuple[str, ...] = ()
 
 
 def fisher_spectrum(  # noqa: PLR0913  # all but three have defaults
@@ -108,19 +121,31 @@ def fisher_spectrum(  # noqa: PLR0913  # all but three have defaults
         F = matrix_of("fisher", model, data, loss, applied)
         if top > F.size:
             raise ValueError(f"top is {top}, but the model has only {F.size} trainable numbers")
+        averaged = F.masks.count > 1
         Q = _top(F, top, source)
-        values, residuals = rayleigh(Q, F.products(Q))
-        found = quadrature(F, probes, steps or steps_for(F, _STEPS), source)
-        # Where nothing is taken exactly vᵀFv is skewed; the spectrum tells its error better.
-        sums = top > 0 or F.size <= DENSE
-        trace = _trace(F, Q, probes, source) if sums else times(found.mean(Tensor.double), F.size)
+        values, residuals = rayleigh(Q[:, :top], F.products(Q[:, :top]))
+        steps = steps or steps_for(F, _STEPS)
+        if averaged or F.size <= DENSE:
+            found = quadrature(F, probes, steps, source)
+        else:
+            found = beside(F, values, Q, probes, steps, source)
+        trace = times(found.mean(Tensor.double), F.size)
+        errors: Vector = np.zeros(top)
+        notes: tuple[str, ...] = ()
+        if averaged and Q.size:
+            traces = Traces(F, Q)
+            if F.size > DENSE:
+                traces.probe(probes, source)
+            trace = traces.estimates()[0]
+            errors, notes = traces.errors(top)
         tau = damping or 1 / F.divisor
     warn_of_nothing("Fisher information", trace.value)
     dimension = found.mean(lambda nodes: nodes.clamp_min(0) / (nodes.clamp_min(0) + tau))
     return FisherSpectrum(
         torch.from_numpy(values),
+        torch.from_numpy(errors),
         torch.from_numpy(residuals),
-        tuple(F.named(q) for q in Q.T),
+        tuple(F.named(q) for q in Q.T[:top]),
         times(dimension, F.size),
         tau,
         trace,
@@ -128,20 +153,14 @@ def fisher_spectrum(  # noqa: PLR0913  # all but three have defaults
         masks,
         0 if masks == "off" else applied.count,
         used_seed,
+        notes,
     )
 
 
 def _top(F: WeightMatrix, top: int, source: torch.Generator) -> Vector:
+    """Eigenvectors, of a small matrix all."""
     if F.size > DENSE:
-        return top_pairs(F, top, source)[1]
+        return top_pairs(F, pairs_to_find(top, F), source)[1]
     matrix = F.products(np.eye(F.size))
     _, vectors = np.linalg.eigh((matrix + matrix.T) / 2)
-    return vectors[:, ::-1][:, :top].copy()
-
-
-def _trace(F: WeightMatrix, Q: Vector, probes: int, source: torch.Generator) -> Estimate:
-    if F.size <= DENSE:
-        return Traces(F, np.eye(F.size)).estimates()[0]
-    traces = Traces(F, Q)
-    traces.probe(probes, source)
-    return traces.estimates()[0]
+    return vectors[:, ::-1]

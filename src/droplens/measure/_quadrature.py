@@ -44,6 +44,7 @@ class Quadrature:
         resolution: the narrowest bump whose sum has no bias from drawing few masks; 0 where none
             are averaged over.
         noisy: whether the masks' noise, and not the number of steps, sets that.
+        known: how many nodes of every probe, the first, are eigenvalues found otherwise.
     """
 
     nodes: tuple[Tensor, ...]
@@ -53,6 +54,7 @@ class Quadrature:
     over: str
     resolution: float = 0.0
     noisy: bool = False
+    known: int = 0
 
     def mean(self, f: Callable[[Tensor], Tensor]) -> Estimate:
         """Tr f(M)/d."""
@@ -64,7 +66,7 @@ class Quadrature:
         vᵀf(M)v of a direction v that is uniform on the sphere has variance 2/(d + 2)·(tr f²/d −
         (tr f/d)²): known from the spectrum itself, where the spread of few probes is not. That
         spread, which also holds the masks, is taken where it is the larger by more than few probes
-        make it. `n` − 1 are the degrees of freedom.
+        make it. `n` − 1 are the degrees of freedom. Of the eigenvalues known nothing is sampled.
         """
         rows = [(w, f(x)) for x, w in zip(self.nodes, self.weights, strict=True)]
         values = torch.stack([w @ y for w, y in rows])  # (probes, k)
@@ -72,9 +74,12 @@ class Quadrature:
             return tuple(exact(float(v), self.over) for v in values[0])
         if self.over == "masks":
             return tuple(mean_estimate(v, self.over) for v in values.unbind(1))
-        mean = values.mean(0)
-        spreads = torch.stack([w @ (y - mean).square() for w, y in rows])  # (probes, k)
-        variance, freedom = _of_sphere(spreads, self.size)
+        mean, rest = values.mean(0), self.size - self.known
+        own = [(w[self.known :] * self.size / rest, y[self.known :]) for w, y in rows]
+        middle = torch.stack([w @ y for w, y in own]).mean(0)
+        spreads = torch.stack([w @ (y - middle).square() for w, y in own])  # (probes, k)
+        variance, freedom = _of_sphere(spreads, rest)
+        variance *= (rest / self.size) ** 2
         if self.over != "probes":
             seen = values.var(0) / len(values)
             larger = seen > _TELLING * variance
@@ -117,10 +122,37 @@ def quadrature(M: WeightMatrix, probes: int, steps: int, source: torch.Generator
     if M.size <= DENSE:
         nodes, weights = _spectrum(M, np.eye(M.size), steps, range(1))
         return Quadrature((nodes,), (weights,), M.size, True, "probes")
-    starts = (random_sphere(M.size, source, M.dtype) for _ in range(probes))
-    pairs = [_spectrum(M, start, steps, range(1)) for start in starts]
-    nodes_, weights_ = zip(*pairs, strict=True)
-    return Quadrature(nodes_, weights_, M.size, False, "probes")
+    return beside(M, np.zeros(0), np.zeros((M.size, 0), M.dtype), probes, steps, source)
+
+
+def beside(
+    M: WeightMatrix, values: Vector, Q: Vector, probes: int, steps: int, source: torch.Generator
+) -> Quadrature:
+    """The same, beside eigenpairs that are known: a probe sees what is orthogonal to them.
+
+    Args:
+        M: with its masks off or fixed.
+        values: eigenvalues (t,).
+        Q: their eigenvectors as columns, orthonormal (d, t).
+        probes: how many.
+        steps: products a probe.
+        source: of the probes.
+    """
+    own = torch.from_numpy(values)
+    rest, share = M.size - len(own), torch.full((len(own),), 1 / M.size, dtype=torch.float64)
+
+    def apart(v: Vector) -> Vector:
+        if len(own):
+            v -= Q @ (Q.T @ v)
+        return v
+
+    nodes, weights = [], []
+    for _ in range(probes):
+        start = apart(random_sphere(M.size, source, M.dtype))
+        at, shares = _seen_from(lambda v: apart(M.product(v)), start, steps)
+        nodes.append(torch.cat([own, at]))
+        weights.append(torch.cat([share, shares * (rest / M.size)]))
+    return Quadrature(tuple(nodes), tuple(weights), M.size, False, "probes", known=len(own))
 
 
 def _spectrum(M: WeightMatrix, start: Vector, steps: int, draws: range) -> tuple[Tensor, Tensor]:
@@ -131,8 +163,14 @@ def _spectrum(M: WeightMatrix, start: Vector, steps: int, draws: range) -> tuple
         return torch.from_numpy(values).double(), torch.full(
             (M.size,), 1 / M.size, dtype=torch.float64
         )
+    return _seen_from(lambda v: M.product(v, draws), start, steps)
+
+
+def _seen_from(
+    product: Callable[[Vector], Vector], start: Vector, steps: int
+) -> tuple[Tensor, Tensor]:
     try:
-        nodes, weights = lanczos_quadrature(lambda v: M.product(v, draws), start, steps)
+        nodes, weights = lanczos_quadrature(product, start, steps)
     except FlatError:
         nodes, weights = np.zeros(1), np.ones(1)
     return torch.from_numpy(nodes), torch.from_numpy(weights)
