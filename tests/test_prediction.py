@@ -250,6 +250,28 @@ class TestInputs:
         torch.testing.assert_close(logits.mean, given.mean)
         torch.testing.assert_close(logits.entropy, given.entropy)
 
+    def test_auxiliary_outputs_of_train_mode_are_left_out(self) -> None:
+        class Auxiliary(nn.Module):
+            def __init__(self, by_itself: bool) -> None:
+                super().__init__()
+                self.drop, self.by_itself = nn.Dropout(0.3), by_itself
+
+            def forward(self, inputs: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+                h = self.drop(inputs)
+                if self.by_itself:
+                    h = nn.functional.dropout(h, 0.5, self.training)
+                return (h, h) if self.training else h
+
+        inputs = torch.ones(2, 4).double()
+        for mode in (True, False):
+            model = Auxiliary(by_itself=False).train(mode)
+            found = dl.predict(model, inputs, draws=20, outputs="values", seed=0)
+            plain = dl.predict(nn.Dropout(0.3), inputs, draws=20, outputs="values", seed=0)
+            assert torch.equal(found.mean, plain.mean)
+            assert model.training is mode
+        with pytest.raises(TypeError, match="the model returned a tuple of 2"):
+            dl.predict(Auxiliary(by_itself=True), inputs, draws=2, outputs="values")
+
     @pytest.mark.parametrize(
         ("options", "error", "message"),
         [

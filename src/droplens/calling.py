@@ -92,12 +92,29 @@ def one_tensor(outputs: Any) -> Tensor:
     )
 
 
+def check_model(model: object) -> None:
+    """Refuse what is no network.
+
+    Raises:
+        TypeError: if `model` is no torch module.
+    """
+    if isinstance(model, nn.Module):
+        return
+    if isinstance(model, type) and issubclass(model, nn.Module):
+        raise TypeError(f"model has to be a network, but got the class; write {model.__name__}(…)")
+    raise TypeError(
+        f"model has to be a torch module, but got {type(model).__name__}; a function of tensors "
+        "becomes one as the forward of an nn.Module"
+    )
+
+
 def check_open(model: nn.Module) -> None:
     """Refuse what runs outside Python, where no call of a dropout is seen.
 
     Raises:
         TypeError: if the model is scripted or traced, or a part of it is.
     """
+    check_model(model)
     for path, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             part = f"'s {path!r}" if path else ""

@@ -10,8 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from droplens.calling import check_inputs, check_outputs, predictions, tensors_in
-from droplens.discovery import guarded, switch_on
+from droplens.calling import (
+    call,
+    check_inputs,
+    check_model,
+    check_outputs,
+    predictions,
+    tensors_in,
+)
+from droplens.discovery import guarded, sites, switch_on
 from droplens.nn import MaskedLayer
 from droplens.randomness import private_generator
 
@@ -74,7 +81,7 @@ def predict(
     (torch.Size([2, 3]), torch.Size([2]))
 
     Args:
-        model: returns one tensor, examples first.
+        model: returns one tensor, examples first; auxiliary ones of train mode are left out.
         inputs: a tensor, a tuple of positional or a mapping of keyword arguments.
         draws: how many masks, at least 2.
         outputs: what the model returns: "logits" of classes on axis 1 (a single column: of the
@@ -88,6 +95,7 @@ def predict(
         ValueError: if there are no examples, inputs or predictions are not finite, `draws` is
             below 2, `batch_size` below 1, or probabilities do not sum to one.
     """
+    check_model(model)
     check_inputs(inputs)
     _check_count(draws, "draws", 2)
     if batch_size is not None:
@@ -97,14 +105,26 @@ def predict(
             f'outputs has to be "logits", "probabilities" or "values", but got {outputs!r}'
         )
     _, seed = private_generator(generator, seed)
+    n = tensors_in(inputs)[0].shape[0]
     with torch.no_grad(), guarded(model), _own_streams_restored(model):
         switch_on(model)
+        _leave_out_auxiliary(model, _rows(inputs, 0, batch_size or n, n))
         _seed_everything(model, seed)
         passes = torch.stack([_pass(model, inputs, batch_size) for _ in range(draws)])
     if outputs == "values":
         return _summary(passes, False, seed)
     probabilities = _probabilities(passes, outputs)
     return _summary(probabilities, True, seed)
+
+
+def _leave_out_auxiliary(model: nn.Module, inputs: Any) -> None:
+    """Put a model in eval that has more outputs in train mode, where what drops are its parts."""
+    scripted = isinstance(model, torch.jit.ScriptModule)
+    if scripted or not isinstance(call(model, inputs), tuple | list):
+        return
+    parts = dict(model.named_modules())
+    names = [site.name.partition("#")[0] for site in sites(model, inputs)]
+    model.training = any("." not in name and name not in parts for name in names)
 
 
 def _pass(model: nn.Module, inputs: Any, batch_size: int | None) -> Tensor:

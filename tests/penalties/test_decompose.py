@@ -150,6 +150,8 @@ def test_nothing_is_left_behind_also_after_an_error():
         ({"inputs": x * torch.inf}, ValueError, "inputs holds NaN or Inf"),
         ({"loss": nn.HuberLoss()}, TypeError, "loss HuberLoss is not one"),
         ({"sites": ["head"]}, ValueError, "sites holds 'head'"),
+        ({"sites": "2"}, TypeError, r"sites has to be a list .* a string; write \['2'\]"),
+        ({"targets": labels.tolist()}, TypeError, "targets has to be a tensor, but got list"),
         ({"seed": -1}, ValueError, "seed has to be between 0"),
     ],
     ids=str,

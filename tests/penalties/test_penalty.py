@@ -379,9 +379,37 @@ def test_bad_arguments_are_named():
         dl.penalty(net, x, nn.L1Loss())
     with pytest.raises(ValueError, match="label 7, but the outputs have 3 classes"):
         dl.penalty(net, x, cross_entropy, targets=torch.full((5,), 7))
+    for draws in (2.5, True, "3"):
+        with pytest.raises(TypeError, match="draws has to be an int, but got"):
+            dl.penalty(net, x, cross_entropy, "sampled", draws=draws)
+    with pytest.raises(TypeError, match="sites has to be a list of names, but got a string"):
+        dl.penalty(net, x, cross_entropy, sites="1")
+    with pytest.raises(TypeError, match="targets has to be a tensor, but got ndarray"):
+        dl.penalty(net, x, cross_entropy, targets=labels.numpy())
+    with pytest.raises(TypeError, match="rates has to be a list of numbers, but got float"):
+        dl.penalty_curve(net, x, cross_entropy, 0.1)
     nn.init.constant_(net[0].bias, torch.nan)
     with pytest.raises(ValueError, match=r"weight '0\.bias' holds NaN or Inf"):
         dl.penalty(net, x, cross_entropy)
+
+
+MEASURES = {
+    "sites": lambda model: dl.sites(model, x),
+    "penalty": lambda model: dl.penalty(model, x, cross_entropy),
+    "sampled": lambda model: dl.penalty(model, x, cross_entropy, "sampled"),
+    "curve": lambda model: dl.penalty_curve(model, x, cross_entropy, [0.1]),
+    "decompose": lambda model: dl.decompose(model, x, labels, cross_entropy),
+    "predict": lambda model: dl.predict(model, x),
+    "inspect": lambda model: dl.inspect(model, (x, labels), cross_entropy),
+}
+
+
+@pytest.mark.parametrize("measure", MEASURES.values(), ids=MEASURES)
+def test_what_is_no_network_is_refused(measure):
+    with pytest.raises(TypeError, match="model has to be a torch module, but got function"):
+        measure(lambda inputs: inputs)
+    with pytest.raises(TypeError, match="model has to be a network, but got the class; write Lin"):
+        measure(nn.Linear)
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5])

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from droplens.calling import call as call_model
-from droplens.calling import check_inputs
+from droplens.calling import check_inputs, check_model
 from droplens.discovery._calls import Call
 from droplens.discovery._guard import guarded, switch_on
 from droplens.discovery._intercept import Visit, intercept, switched
@@ -85,9 +85,10 @@ def sites(model: nn.Module, inputs: Any) -> tuple[Site, ...]:
     (Site(name='1', kind='Dropout', law=Bernoulli(p=0.2), shape=(2, 4), active=False, reason=None),)
 
     Raises:
-        TypeError: if `inputs` holds no tensor.
+        TypeError: if `model` is no torch module or `inputs` holds no tensor.
         ValueError: if `inputs` is empty or not finite.
     """
+    check_model(model)
     check_inputs(inputs)
     came = {name: module.training for name, module in model.named_modules()}
     with guarded(model), torch.no_grad():

@@ -206,7 +206,7 @@ def _checked_sets(
         raise ValueError("models is empty: there is nothing to compare")
     sets = {}
     for name, given in models.items():
-        networks = (given,) if isinstance(given, nn.Module) else tuple(given)
+        networks = tuple(given) if isinstance(given, Sequence) else (given,)
         if not networks:
             raise ValueError(f"models[{name!r}] is empty; give it at least one network")
         for network in networks:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from droplens._items import predicts_next_token
 from droplens.batches import Batches, as_batches, checked_passes, everything
+from droplens.calling import check_model
 from droplens.discovery import KEPT_IN_EVAL, Site
 from droplens.discovery import sites as find_sites
 from droplens.inspection._cost import GAUSSIAN, Cost, cost_of
@@ -147,6 +148,7 @@ def inspect(  # noqa: PLR0913  # the last seven are keywords with defaults
     """
     asked = checked_names(measures if held_out is None else (*measures, "gap"))
     tell = on_progress or (lambda share, doing: None)
+    check_model(model)
     family = family_of(loss)
     batches = checked_passes(data, model, loss)
     apart = None if held_out is None else as_batches(held_out, model, loss)

@@ -1,6 +1,6 @@
 """The penalty as a function of the rate, from one set of backward passes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,15 @@ from droplens.masks import Law, relative_variance
 from droplens.masks._law import check_rate
 from droplens.penalties._noise import Network, Term, opened_in_parts, terms
 from droplens.penalties._penalty import gaussian_spread, notes_on
-from droplens.penalties._pooling import Group, by_name, merged, shares, streamed, weighted
+from droplens.penalties._pooling import (
+    Group,
+    by_name,
+    check_sites,
+    merged,
+    shares,
+    streamed,
+    weighted,
+)
 from droplens.penalties._sources import Scores, Source
 
 if TYPE_CHECKING:
@@ -111,6 +119,9 @@ def penalty_curve(
         TypeError: if a rate is no number, the loss not known, or the model returns no tensor.
         ValueError: if there is no rate, a rate is outside [0, 1), or the inputs are bad.
     """
+    if not isinstance(rates, Iterable):
+        raise TypeError(f"rates has to be a list of numbers, but got {type(rates).__name__}")
+    check_sites(sites)
     checked = tuple(check_rate(p) for p in rates)
     if not checked:
         raise ValueError("rates is empty; give at least one drop probability")

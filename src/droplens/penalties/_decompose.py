@@ -15,7 +15,7 @@ from droplens.estimates import Estimate, exact, jackknife, mean_estimate
 from droplens.gates import draw_masks, masks_off, masks_replaced
 from droplens.losses import Family
 from droplens.losses import family as family_of
-from droplens.penalties._pooling import Group, merged, pooled, shares, streamed
+from droplens.penalties._pooling import Group, check_sites, merged, pooled, shares, streamed
 from droplens.randomness import private_generator
 
 if TYPE_CHECKING:
@@ -141,6 +141,7 @@ def decompose(
         raise TypeError(f"draws has to be an int, but got {type(draws).__name__}")
     if draws < 2:
         raise ValueError(f"draws has to be at least 2, but got {draws}")
+    check_sites(sites)
     family = family_of(loss)
     batches = streamed(inputs, targets, model, loss)
     if batches is None:

@@ -8,12 +8,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from droplens.calling import device_of
+from droplens.calling import check_model, device_of
 from droplens.losses import POINTS, Family
 from droplens.losses import family as family_of
 from droplens.penalties._masks import Draws, drawn_spread
 from droplens.penalties._noise import Network, Term, open_network, opened_in_parts, terms
-from droplens.penalties._pooling import streamed
+from droplens.penalties._pooling import check_sites, streamed
 from droplens.penalties._result import Penalty, WhenAsked, pooled_penalty, together
 from droplens.products import pull_back
 from droplens.randomness import private_generator
@@ -90,15 +90,20 @@ def penalty(  # noqa: PLR0913  # the last five are keywords with defaults
     5.0
 
     Raises:
-        TypeError: if the loss is not known or the model returns no tensor.
+        TypeError: if the loss is not known, the model returns no tensor, or an argument is of the
+            wrong type.
         ValueError: for an unknown method or site, p = 1, bad inputs, or missing targets.
     """
     if method not in _ORDER:
         known = ", ".join(repr(name) for name in _ORDER)
         raise ValueError(f"method has to be one of {known}, but got {method!r}")
     draws = _DRAWS.get(method, 1) if draws is None else draws
+    if isinstance(draws, bool) or not isinstance(draws, int):
+        raise TypeError(f"draws has to be an int, but got {type(draws).__name__}")
+    check_sites(sites)
+    check_model(model)
     least = 2 if method == "masks" else 1
-    if not draws >= least:
+    if draws < least:
         raise ValueError(f"draws has to be at least {least}, but got {draws}")
     asked = _Asked(model, family_of(loss), method, sites, draws)
     source, used_seed = None, None

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from droplens.batches import Batches, as_batches
+from droplens.calling import check_model
 from droplens.estimates import Estimate
 
 if TYPE_CHECKING:
@@ -20,8 +21,12 @@ def streamed(
     """Batches to stream, where `inputs` is a loader or a data set rather than a model's inputs.
 
     Raises:
+        TypeError: if `model` is no torch module, or `targets` are no tensor.
         ValueError: if `targets` are given beside a loader, which brings its own.
     """
+    check_model(model)
+    if targets is not None and not isinstance(targets, Tensor):
+        raise TypeError(f"targets has to be a tensor, but got {type(targets).__name__}")
     if isinstance(inputs, Tensor | Mapping | list | tuple | str):
         return None
     if not isinstance(inputs, Iterable | torch.utils.data.Dataset | Batches):
@@ -31,6 +36,16 @@ def streamed(
             "targets has to be None where inputs is a loader or a data set: its batches bring them"
         )
     return as_batches(inputs, model, loss)
+
+
+def check_sites(sites: object) -> None:
+    """Refuse one name where a list of them is asked for: its letters would be taken for names.
+
+    Raises:
+        TypeError: if `sites` is a string.
+    """
+    if isinstance(sites, str):
+        raise TypeError(f"sites has to be a list of names, but got a string; write [{sites!r}]")
 
 
 def shares(divisors: Sequence[float | None]) -> list[float]:
