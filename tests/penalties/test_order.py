@@ -195,3 +195,49 @@ def test_what_mixes_examples_stays_unmeasured():
     net = Pairs().double()
     found = dl.penalty(net, randn(5, 3), cross_entropy)
     assert "in which the 5 examples cannot be told apart" in found.unmeasured["drop"]
+
+
+class Mixed(nn.Module):
+    """Examples that meet in a site's own layout: centred by their batch, or a graph's nodes."""
+
+    def __init__(self, meet):
+        super().__init__()
+        self.layer, self.drop, self.head = nn.Linear(3, 8), nn.Dropout(0.3), nn.Linear(8, 3)
+        self.meet, self.late = meet, nn.Dropout(0.2)
+
+    def forward(self, x):
+        h = self.meet(self.drop(torch.tanh(self.layer(x))))
+        return self.head(self.late(h))
+
+
+MEETINGS = {
+    "centred": lambda h: h - h.mean(0),
+    "summed up": lambda h: h.cumsum(0),
+    "a graph that knows its nodes": lambda h: torch.ones(5, 5, dtype=h.dtype).triu() @ h,
+}
+
+
+@pytest.mark.parametrize("method", ["gaussian", "second_order", "sampled"])
+@pytest.mark.parametrize("meet", MEETINGS.values(), ids=MEETINGS)
+def test_what_mixes_examples_in_place_stays_unmeasured(meet, method):
+    torch.manual_seed(0)
+    net = Mixed(meet).double()
+    found = dl.penalty(net, randn(5, 3), cross_entropy, method)
+    assert list(found.unmeasured) == ["drop"]
+    assert "in which the 5 examples cannot be told apart" in found.unmeasured["drop"]
+    assert list(found.by_site) == ["late"]
+    with pytest.raises(ValueError, match="its mask mixes examples"):
+        dl.penalty(net, randn(5, 3), cross_entropy, method, sites=["drop"])
+    alone = dl.penalty(Mixed(lambda h: h).double(), randn(5, 3), cross_entropy, method)
+    assert alone.unmeasured == {}
+
+
+def test_a_way_chosen_by_the_batch_mixes_nothing():
+    """Outputs change with the examples beside them, and the noise in them does not."""
+    torch.manual_seed(0)
+    net = Mixed(lambda h: h * (len(h) > 4)).double()
+    found = dl.penalty(net, randn(5, 3), cross_entropy)
+    assert found.unmeasured == {}
+    torch.manual_seed(0)
+    plain = dl.penalty(Mixed(lambda h: h).double(), randn(5, 3), cross_entropy)
+    assert float(found) == pytest.approx(float(plain), rel=1e-12)

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from droplens._memory import keep_freed_memory
 from droplens.batches import n_examples, rows_of
 from droplens.calling import ForwardError, check_inputs, check_outputs, predictions
-from droplens.gates import Opened, draw_masks, masks_replaced, open_gates
+from droplens.gates import Opened, agree, draw_masks, masks_replaced, open_gates
 from droplens.losses import Family
 from droplens.penalties._layout import layouts, leads_back
 from droplens.penalties._sources import Source, source_of, tensors_of
@@ -203,7 +203,7 @@ def opened_in_parts(
             _, part = _unweighed(model, rows_of(inputs, rows), family, names, keep)
         except (ForwardError, ValueError):
             break  # a forward that knows this many examples only
-        if not _same(part.f, f[rows]):
+        if not agree(part.f, f[rows]):
             break
         yield replace(part, weights=weights[rows], divisor=divisor)
     else:
@@ -214,14 +214,6 @@ def opened_in_parts(
             "cannot be told apart; look for an operation across the batch"
         )
     yield open_network(model, inputs, family, targets, names)
-
-
-def _same(part: Tensor, whole: Tensor) -> bool:
-    if part.shape != whole.shape:
-        return False
-    scale = float(whole.abs().max()) if whole.numel() else 0.0
-    slack = 1e3 * torch.finfo(whole.dtype).eps * scale
-    return float((part.detach() - whole).abs().max()) <= slack
 
 
 def _check_names(names: Sequence[str] | None, opened: Opened) -> None:
