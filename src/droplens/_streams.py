@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 
 def generators_of(loader: Any) -> list[torch.Generator]:
@@ -12,6 +13,29 @@ def generators_of(loader: Any) -> list[torch.Generator]:
     owners = (loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None))
     found = {id(g): g for owner in owners if (g := getattr(owner, "generator", None)) is not None}
     return [generator for generator in found.values() if isinstance(generator, torch.Generator)]
+
+
+class Owned:
+    """The generators that a network's modules hold as attributes, where they stand now."""
+
+    def __init__(self, model: nn.Module) -> None:
+        held = [value for module in model.modules() for value in vars(module).values()]
+        self.python = [value for value in held if isinstance(value, random.Random)]
+        self.numpy = [value for value in held if isinstance(value, np.random.Generator)]
+        self._torch = [
+            (value, value.get_state()) for value in held if isinstance(value, torch.Generator)
+        ]
+        self._python = [(value, value.getstate()) for value in self.python]
+        self._numpy = [(value, value.bit_generator.state) for value in self.numpy]
+
+    def install(self) -> None:
+        """Put them back there."""
+        for generator, state in self._torch:
+            generator.set_state(state)
+        for python, before in self._python:
+            python.setstate(before)
+        for numpy, standing in self._numpy:
+            numpy.bit_generator.state = standing
 
 
 class Streams:

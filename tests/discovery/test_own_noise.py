@@ -27,6 +27,29 @@ class Noisy(nn.Module):
         return h + self.draw(h) if self.training else h
 
 
+class Own(nn.Module):
+    """Noise from generators of the module's own."""
+
+    def __init__(self):
+        super().__init__()
+        self.numpy, self.python = np.random.default_rng(0), random.Random(0)
+        self.torch = torch.Generator().manual_seed(0)
+
+    def forward(self, h):
+        return h + self.numpy.random() if self.training else h
+
+    def state(self):
+        numpy = self.numpy.bit_generator.state["state"]
+        return numpy, self.python.getstate(), self.torch.get_state().tolist()
+
+
+class Newer(Noisy):
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.own = np.random.default_rng(0)
+        self.draw = lambda h: self.own.random()
+
+
 class Beside(Noisy):
     """Noise beside a dropout function, both under one flag; the twin has a module for it."""
 
@@ -71,6 +94,9 @@ NETWORKS = {
     "normal": lambda: noisy(lambda h: torch.normal(0.0, 1.0, h.shape, dtype=h.dtype)),
     "Python's random": lambda: noisy(lambda h: h * (random.random() < 0.5)),
     "NumPy's": lambda: noisy(lambda h: torch.from_numpy(np.random.normal(size=h.shape))),
+    "NumPy's newer": lambda: noisy(None, kind=Newer),
+    "native": lambda: noisy(lambda h: torch.native_dropout(h, 0.5, train=True)[0]),
+    "aten": lambda: noisy(lambda h: torch.ops.aten.native_dropout(h, 0.5, True)[0]),
     "around dropout": lambda: noisy(torch.randn_like, nn.Dropout(0.4)),
     "beside dropout": lambda: noisy(
         torch.randn_like, nn.Sequential(nn.Dropout(0.4), nn.Tanh()), Beside
@@ -147,6 +173,28 @@ def test_streams_outside_torch_are_put_back(draw):
     random.seed(3)
     np.random.seed(3)
     assert found == [(random.random(), np.random.normal())] * 2
+
+
+def test_generators_that_a_module_owns_are_put_back():
+    own = Own()
+
+    class Every(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.own = own
+
+        def forward(self, h):
+            if self.training:
+                h = h * own.python.random() + torch.rand(1, generator=own.torch)
+            return own(h)
+
+    net = nn.Sequential(nn.Linear(3, 4), Every(), nn.Dropout(0.3), nn.Linear(4, 2)).double()
+    before = own.state()
+    found = {site.name for site in dl.sites(net, x) if site.law is None}
+    assert found == {"1.random.Random", "1.rand", "1.own.numpy.random.Generator"}
+    dl.decompose(net, x, labels, cross_entropy, draws=2)
+    dl.predict(net, x, 2)
+    assert own.state() == before
 
 
 def test_masks_are_all_the_noise_there_is(net):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from droplens._streams import Streams
+from droplens._streams import Owned, Streams
 
 
 @contextmanager
@@ -20,12 +20,13 @@ def guarded(model: nn.Module) -> Iterator[None]:
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
     cuda = [device for device in devices if device.type == "cuda"]
-    streams = Streams()  # also Python's and NumPy's: a forward may draw from them
+    streams = Streams(), Owned(model)  # not torch's alone: a forward may draw from any
     try:
         with torch.random.fork_rng(devices=cuda):
             yield
     finally:
-        streams.install()
+        for stream in streams:
+            stream.install()
         for module, training in flags:
             module.training = training
         with torch.no_grad():

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor, nn
+from torch._ops import OpOverload, OpOverloadPacket
 from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
@@ -51,7 +52,7 @@ class _Interceptor(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in FUNCTIONS:
             return self._dropout(func, args, kwargs)
-        if func in _DRAWS and self.tracker.running:
+        if (func in _DRAWS or _draws(func)) and self.tracker.running:
             self.tracker.drawing.add(self.tracker.running[-1])
         if func is F.multi_head_attention_forward:
             # A composite: re-enter the mode so that the dropout inside is seen, and let the
@@ -117,8 +118,15 @@ _DRAWS: set[Callable[..., Any]] = {
     *(torch.rand, torch.rand_like, torch.randn, torch.randn_like, torch.randint, torch.randperm),
     *(torch.bernoulli, torch.normal, torch.multinomial, torch.poisson, F.gumbel_softmax, F.rrelu),
     *(_T.bernoulli, _T.bernoulli_, _T.uniform_, _T.normal_, _T.exponential_, _T.geometric_),
-    *(_T.random_, _T.log_normal_, _T.cauchy_, _T.multinomial),
+    *(_T.random_, _T.log_normal_, _T.cauchy_, _T.multinomial, torch.native_dropout),
 }
+
+
+def _draws(func: Any) -> bool:
+    """Whether this is one of torch.ops that draws random numbers."""
+    if isinstance(func, OpOverloadPacket):
+        func = getattr(func, func.overloads()[0])
+    return isinstance(func, OpOverload) and torch.Tag.nondeterministic_seeded in func.tags
 
 
 def _our_product() -> Any:
@@ -255,7 +263,7 @@ def switched(
     """
     with guarded(model), intercept(model, visit) as tracker:
         switch_on(model)
-        untouched = [outside_torch()]
+        untouched = [outside_torch(tracker.owned)]
         stubborn: set[nn.Module] = set()
 
         def rerun(module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -265,7 +273,7 @@ def switched(
 
         def again(module: nn.Module, args: Any, kwargs: Any, outputs: Any) -> Any:
             # Looked at once: where the streams stand is not to be had for nothing.
-            if untouched and untouched.pop() != outside_torch():
+            if untouched and untouched.pop() != outside_torch(tracker.owned):
                 with tracker.watching():
                     return rerun(module, args, kwargs)
             own = tracker.drawing.copy()

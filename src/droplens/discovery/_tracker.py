@@ -9,15 +9,24 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from droplens._streams import Owned
 from droplens.discovery._calls import Call
 
 
-def outside_torch() -> dict[str, Any]:
-    """Where the global random streams stand that torch does not know, by their name."""
+def outside_torch(owned: Owned) -> dict[str, Any]:
+    """Where the random streams stand that torch does not know, by their name.
+
+    Args:
+        owned: by a network, beside the global ones.
+    """
     numpy = np.random.get_state(legacy=False)
     key, pos = numpy["state"]["key"].tobytes(), numpy["state"]["pos"]
-    cached = numpy["has_gauss"], numpy["gauss"]
-    return {"random": random.getstate(), "numpy.random": (key, pos, cached)}
+    return {
+        "random": random.getstate(),
+        "numpy.random": (key, pos, numpy["has_gauss"], numpy["gauss"]),
+        "random.Random": [generator.getstate() for generator in owned.python],
+        "numpy.random.Generator": [repr(g.bit_generator.state) for g in owned.numpy],
+    }
 
 
 class Tracker:
@@ -25,6 +34,7 @@ class Tracker:
 
     def __init__(self, model: nn.Module) -> None:
         self.paths = {module: path for path, module in model.named_modules()}
+        self.owned = Owned(model)
         self.running: list[nn.Module] = []
         self.met: dict[str, int] = {}
         # What draws random numbers by itself.
@@ -55,7 +65,7 @@ class Tracker:
         Args:
             note: told the name of the stream, while the module that drew is running.
         """
-        self._outside, self._note = outside_torch(), note
+        self._outside, self._note = outside_torch(self.owned), note
         try:
             yield
         finally:
@@ -64,7 +74,7 @@ class Tracker:
     def _look(self) -> None:
         if self._outside is None:
             return
-        before, self._outside = self._outside, outside_torch()
+        before, self._outside = self._outside, outside_torch(self.owned)
         for stream, state in self._outside.items():
             if state != before[stream] and self.running:
                 self.drawing.add(self.running[-1])
