@@ -147,3 +147,37 @@ def test_nothing_more_is_said_of_a_zero():
     zero = dl.estimates.exact(0.0)
     found = cost_verdicts(replace(cost(), gap=zero, spread=zero, shift=zero), "nats")
     assert [verdict.id for verdict in found] == ["cost"]
+
+
+class Centred(nn.Module):
+    """Examples that meet behind a dropout, so that its masks mix them."""
+
+    def __init__(self, late):
+        super().__init__()
+        self.body, self.drop, self.late = nn.Linear(6, 8), nn.Dropout(0.4), nn.Dropout(late)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        h = self.drop(self.body(x))
+        return self.head(self.late(h - h.mean(0)))
+
+
+def test_values_that_leave_out_every_site_are_not_told(tmp_path):
+    net = Centred(0.0)
+    net.late = nn.Identity()
+    found = quick(net, data())
+    assert found.cost.gaussian is None
+    assert found.cost.second_order is None
+    assert found.cost.spread.value > 0
+    assert "approximation" not in by_id(found)
+    assert found.not_measured["Gaussian value of the spread"].startswith("none of the sites that")
+    assert "its mask mixes examples" in found.not_measured["penalty at drop"]
+    found.to_html(tmp_path / "page.html")
+
+
+def test_what_is_left_out_is_not_explained_otherwise():
+    sentence = by_id(quick(Centred(0.01), data()))["approximation"].sentence
+    assert sentence.endswith(
+        "Monte Carlo is the number to use. Both values leave out 'drop', which the masks include."
+    )
+    assert "What is left" not in sentence

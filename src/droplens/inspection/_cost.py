@@ -30,6 +30,8 @@ from droplens.penalties._pooling import merged
 # Backward passes for a second-order value where the exact one takes too many.
 PROBES = 20
 GAUSSIAN = "Gaussian value of the spread"
+SECOND_ORDER = "second-order value of the spread"
+NOWHERE = "none of the sites that the masks drop has a penalty"
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,7 @@ class _Batch:
     gaussian: Penalty | None
     second_order: Penalty | None
     refused: Mapping[str, str]
+    unmeasured: Mapping[str, str]
 
 
 def cost_of(subject: Subject, draws: int, generator: torch.Generator) -> Cost:
@@ -142,14 +145,7 @@ def cost_of(subject: Subject, draws: int, generator: torch.Generator) -> Cost:
         sites,
         draws,
         subject.seed,
-        merged(
-            reasons
-            for batch in found
-            for reasons in (
-                batch.parts.unmeasured,
-                batch.second_order.unmeasured if batch.second_order else {},
-            )
-        ),
+        merged(batch.unmeasured for batch in found),
         participation,
         _error(weights, sampled),
         merged(batch.refused for batch in found),
@@ -213,9 +209,13 @@ def _batch_cost(subject: Subject, batch: Batch, draws: int, generator: torch.Gen
             norm = family_of(loss).normalizer(predictions(model, inputs), targets)
         probed = partial(ask, method, draws=PROBES, generator=generator)
         # Masks were drawn, so what a penalty refuses need not stop the rest.
-        second_order = attempt(refused, "second-order value of the spread", probed)
+        second_order = attempt(refused, SECOND_ORDER, probed)
         gaussian = attempt(refused, GAUSSIAN, ask) if without_masks else None
-    return _Batch(norm, parts, gaussian, second_order, refused)
+    unmeasured = merged([parts.unmeasured, second_order.unmeasured if second_order else {}])
+    if parts.by_site and second_order is not None and not second_order.by_site:
+        refused |= dict.fromkeys([GAUSSIAN, SECOND_ORDER], NOWHERE)
+        second_order = gaussian = None
+    return _Batch(norm, parts, gaussian, second_order, refused, unmeasured)
 
 
 def _total(value: Penalty | None) -> float | None:

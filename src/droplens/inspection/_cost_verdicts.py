@@ -206,9 +206,13 @@ def _incomparable(cost: Cost, gaussian: float, second: float) -> Verdict:
     )
 
 
+def _missing(cost: Cost) -> list[str]:
+    return [name for name, alone in cost.by_site.items() if alone.gaussian is None]
+
+
 def _left_out(cost: Cost) -> str:
     """The sites that the masks drop and the values without masks do not know."""
-    missing = [name for name, alone in cost.by_site.items() if alone.gaussian is None]
+    missing = _missing(cost)
     if not missing:
         return ""
     return f" Both values leave out {', '.join(map(repr, missing))}, which the masks include."
@@ -229,6 +233,8 @@ def _why(cost: Cost, better: float, second: float) -> str:
             "passes the masks on but no gradient, and both values are made of gradients, so "
             "Monte Carlo is the number to use."
         )
+    if _missing(cost) and not near:
+        return "Monte Carlo is the number to use."
     agree = abs(second - better) <= 0.02 * abs(better)
     if near:
         return (
