@@ -127,14 +127,15 @@ def open_gates(model: nn.Module, inputs: Any, names: Collection[str] | None = No
     versions: list[int] = []
     unmeasured: dict[str, str] = {}
     reads = Reads()
-    open_to_all = True
+    probed: dict[str, torch.Size] | None = None  # shapes met with two examples alone
 
     def restart() -> None:
         for met in (gates, versions, unmeasured):
             met.clear()
 
     def visit(call: Call, x: Tensor) -> Tensor:
-        if not open_to_all:
+        if probed is not None:
+            probed[call.name] = x.shape
             return x
         site = site_of(call, active=call.on)
         if site.law is None:
@@ -160,8 +161,10 @@ def open_gates(model: nn.Module, inputs: Any, names: Collection[str] | None = No
     # Weights are followed below the interception, which spells out composites for it.
     with torch.enable_grad(), reads, switched(model, visit, restart):
         outputs = predictions(model, inputs)
-        open_to_all = False
+        probed = {}
         reordered = reads.reordered or not _apart(model, inputs, outputs)
+        # Units of which there are as many for two examples belong to none of them.
+        reordered |= any(probed.get(gate.name) == gate.units.shape for gate in gates)
     if [gate.units._version for gate in gates] != versions:
         raise ValueError(OVERWRITTEN)
     return Opened(outputs, tuple(gates), unmeasured, reordered)

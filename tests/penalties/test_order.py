@@ -232,6 +232,23 @@ def test_what_mixes_examples_in_place_stays_unmeasured(meet, method):
     assert alone.unmeasured == {}
 
 
+def test_units_that_examples_share_are_not_taken_for_theirs():
+    """A weight with as many rows as there are examples, dropped by a function."""
+
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.head = nn.Linear(3, 5), nn.Linear(5, 3)
+
+        def forward(self, x):
+            weight = nn.functional.dropout(self.layer.weight, 0.3, self.training)
+            return self.head(torch.tanh(nn.functional.linear(x, weight, self.layer.bias)))
+
+    for n in (5, 4):
+        found = dl.penalty(Shared().double(), randn(n, 3), cross_entropy)
+        assert f"in which the {n} examples cannot be told apart" in found.unmeasured["dropout"]
+
+
 def test_a_way_chosen_by_the_batch_mixes_nothing():
     """Outputs change with the examples beside them, and the noise in them does not."""
     torch.manual_seed(0)

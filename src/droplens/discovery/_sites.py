@@ -98,8 +98,8 @@ def sites(model: nn.Module, inputs: Any) -> tuple[Site, ...]:
         as_it_came, skipping = _watch(model, inputs)
         switch_on(model)
         met, noisy = _watch(model, inputs)
-        if noisy:
-            met = _quietly(model, inputs) | met
+        if noisy and not (quiet := _quietly(model, inputs)).keys() <= met.keys():
+            met = quiet | met
 
     def active(name: str) -> bool:
         if name in as_it_came:
