@@ -12,6 +12,7 @@ from typing import Any, final
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from droplens.batches import n_examples, rows_of
 from droplens.calling import HALF, ForwardError, predictions
@@ -175,6 +176,8 @@ def _apart(model: nn.Module, inputs: Any, outputs: Tensor) -> bool:
     n = n_examples(inputs)
     if n < 2 or len(outputs) != n:
         return True  # nothing to tell apart, or not along this axis
+    if any(isinstance(m, _NormBase) and "forward" in vars(m) for m in model.modules()):
+        return True  # a norm layer that is made to follow this batch, and told what is whose
     some = slice(n // 2 - 1, n // 2 + 1 if n > 2 else 1)
     try:
         with torch.no_grad():
