@@ -37,7 +37,8 @@ _NOISE_TEXT = (
 _ALIGNED_TEXT = (
     "Tr(HΣ)/(‖H‖‖Σ‖) of the loss's Hessian H and the covariance Σ of dropout's gradient noise: 1 "
     "where the noise lies along the curvature. Positive matrices align by chance, so beside it "
-    "stands what these spectra would show with random eigenvectors, and its standard deviation."
+    "stands what these spectra would show with random eigenvectors, and how many of its standard "
+    "deviations the alignment lies above that."
 )
 _RATES_TEXT = (
     "Rates at which other masks in the place of the network's own would cost the same, by the "
@@ -173,7 +174,7 @@ def _aligned(sets: Mapping[str, Sequence[Alignment]], unit: str) -> Section:
             name,
             _shown([a.value for a in found]),
             _shown([a.null for a in found]),
-            _shown([a.null_deviation for a in found]),
+            _shown([a.excess for a in found]),
             _shown([a.trace_hessian for a in found]),
             _shown([a.trace_noise for a in found]),
         )
@@ -183,7 +184,7 @@ def _aligned(sets: Mapping[str, Sequence[Alignment]], unit: str) -> Section:
         Column("set"),
         Column("alignment"),
         Column("by chance"),
-        Column("its deviation"),
+        Column("above that", "deviations"),
         Column("trace of the Hessian", f"{unit} per squared weight"),
         Column("trace of the noise", f"({unit} per weight)²"),
     ]
