@@ -1,7 +1,8 @@
 """Calling a stranger's model: inputs in any usual form, one tensor of predictions out."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -256,3 +257,17 @@ def check_outputs(model: nn.Module, outputs: Tensor) -> None:
         "the model's predictions hold NaN or Inf although its inputs and weights do not; "
         "look for an overflow or a division by zero in its forward"
     )
+
+
+@contextmanager
+def dense_gradients(model: nn.Module) -> Iterator[None]:
+    """While open, embeddings give dense gradients, which can be differentiated and measured."""
+    kinds = (nn.Embedding, nn.EmbeddingBag)
+    sparse = [module for module in model.modules() if isinstance(module, kinds) and module.sparse]
+    for module in sparse:
+        module.sparse = False
+    try:
+        yield
+    finally:
+        for module in sparse:
+            module.sparse = True

@@ -183,6 +183,10 @@ REFUSED = {
         "error: 'bad': the model's forward raised KeyError: 'stem'",
     ),
     "draws": ((*DROPPED, "--draws", "1"), "Invalid value for '--draws'"),
+    "no name": (
+        ("compare", "=nets:dropped", "b=nets:dropped", "--data", "nets:data"),
+        "has no name before its '='",
+    ),
 }  # fmt: skip
 
 

@@ -174,10 +174,6 @@ class Bag(nn.Module):
 
 
 REASONS = {
-    "sparse": (
-        nn.Embedding(9, 6, sparse=True), True, "a layer's gradients are sparse",
-        "sparse=False in nn.Embedding",
-    ),
     "bag": (
         nn.EmbeddingBag(9, 6), False, "which torch cannot do through nn.EmbeddingBag",
         "with an nn.Embedding of the same weight",
@@ -206,6 +202,20 @@ def test_a_missing_second_derivative_is_told_in_our_words(case, tmp_path):
     assert found.cost is not None
     page = found.to_html(tmp_path / "page.html").read_text("utf-8")
     assert reason in html.unescape(page)
+
+
+def test_sparse_gradients_are_measured_as_dense_ones():
+    tokens = torch.randint(9, (len(y), 4), generator=torch.Generator().manual_seed(0))
+    asked = ("spectral_density", "gradient_noise", "alignment", "modified_loss")
+    pages = []
+    for sparse in (True, False):
+        torch.manual_seed(1)
+        net = Bag(nn.Embedding(9, 6, sparse=sparse), True)
+        found = dl.inspect(net, (tokens, y), loss, draws=8, directions=2, measures=asked, seed=0)
+        assert net.table.sparse is sparse
+        assert {"Hessian", *asked}.isdisjoint(found.not_measured)
+        pages.append(found.to_dict()["numbers"])
+    assert pages[0] == pages[1]
 
 
 def test_other_refusals_are_kept_and_told_apart():

@@ -333,3 +333,35 @@ def test_bad_models_are_refused():
         model[0].bias[0] = math.nan
     with pytest.raises(ValueError, match=r"weight '0\.bias' holds NaN"):
         measure.fisher(model, X, loss)
+
+
+class Centred(nn.Module):
+    """Every example's features less half of the batch's mean."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x):
+        h = self.layer(x)
+        return h - 0.5 * h.mean(0)
+
+
+@pytest.mark.parametrize("method", ["exact", "sampled", "empirical"])
+def test_examples_that_mix_are_refused(method):
+    x, y = torch.randn(6, 4), torch.randint(3, (6,))
+    with pytest.raises(ValueError, match="change with the examples beside them"):
+        measure.fisher(Centred(), x, nn.CrossEntropyLoss(), method, targets=y)
+    # One alone mixes with none, and products do not ask whose.
+    measure.fisher(Centred(), x[:1], nn.CrossEntropyLoss(), method, targets=y[:1])
+    net = Centred()
+    found = measure.fisher_spectrum(net, x, nn.CrossEntropyLoss(), top=0)
+    truth = dense_fisher(net, x, y, nn.CrossEntropyLoss()).trace()
+    assert float(found.trace) == pytest.approx(float(truth), rel=1e-5)
+
+
+def test_complex_weights_are_refused():
+    net = nn.Linear(3, 2)
+    net.phase = nn.Parameter(torch.ones(2, dtype=torch.complex64))
+    with pytest.raises(TypeError, match="'phase' holds complex numbers"):
+        measure.fisher(net, torch.randn(4, 3), nn.MSELoss())

@@ -96,11 +96,13 @@ def _sets(specs: list[str]) -> "dict[str, list[nn.Module]]":
     """Networks by the name of their set, in the order given.
 
     Raises:
-        ValueError: if there are fewer than two sets.
+        ValueError: if there are fewer than two sets, or one has no name.
     """
     sets: dict[str, list[nn.Module]] = {}
     for spec in specs:
         name, separator, rest = spec.partition("=")
+        if separator and not name:
+            raise ValueError(f"{spec!r} has no name before its '='; give one, or leave '=' out")
         factory, at, weights = (rest if separator else spec).partition("@")
         own = _load.networks(factory, Path(weights) if at else None)
         sets.setdefault(name if separator else spec, []).extend(own)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from droplens.batches import Batch, checked_passes
+from droplens.calling import dense_gradients
 from droplens.dynamics._masked import MaskedLoss, check_draws, difference, fresh_masks
 from droplens.estimates import Estimate, exact
 from droplens.gates import masks_off
@@ -132,7 +133,7 @@ def alignment_on(
 
         @contextmanager
         def hessian() -> Iterator[LossHessian]:
-            with masks_off(model):
+            with dense_gradients(model), masks_off(model):
                 yield LossHessian(model, checked, Loss(loss), Applied(1, None))
 
         noise = _noise(masked, hessian, draws // 2, source)

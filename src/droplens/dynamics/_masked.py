@@ -1,14 +1,15 @@
 """The loss of one batch under a mask, and its gradient in the weights."""
 
 import copy
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
 from droplens.batches import Batch, n_examples
-from droplens.calling import check_inputs, check_outputs, predictions
+from droplens.calling import check_inputs, check_outputs, dense_gradients, predictions
 from droplens.discovery import Call, Site
 from droplens.discovery import sites as find_sites
 from droplens.dynamics._training import nothing_dropped
@@ -169,9 +170,11 @@ class MaskedLoss:
             materialize_grads=True,
         )
 
-    def under(self, visit: Visit) -> Any:
-        """A context in which `visit` drops the units of every site that has a law."""
-        return masks_replaced(self.model, visit)
+    @contextmanager
+    def under(self, visit: Visit) -> Iterator[None]:
+        """While open, `visit` drops the units of every site that has a law."""
+        with dense_gradients(self.model), masks_replaced(self.model, visit):
+            yield
 
 
 def fresh_masks(source: torch.Generator, names: Collection[str]) -> Visit:

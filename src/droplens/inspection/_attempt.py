@@ -31,10 +31,6 @@ def attempt(
 
 # What torch's words on a missing derivative mean for a network.
 _MEANINGS: Final = {
-    "(?i)sparse": (
-        "a layer's gradients are sparse, and torch cannot compute it from such; measure a copy "
-        "with dense ones, sparse=False in nn.Embedding and nn.EmbeddingBag"
-    ),
     "embedding_bag": (
         "it differentiates the network twice, which torch cannot do through nn.EmbeddingBag; "
         "measure a copy with an nn.Embedding of the same weight, followed by the sum, mean or max"

@@ -35,7 +35,7 @@ def trainable(model: nn.Module) -> Mapping[str, nn.Parameter]:
     """The model's parameters that require gradients, by name, each once.
 
     Raises:
-        TypeError: if `model` is not a torch module.
+        TypeError: if `model` is not a torch module, or one holds complex numbers.
         ValueError: if there is none, or one holds no numbers, NaN or Inf.
     """
     if not isinstance(model, nn.Module):
@@ -48,6 +48,11 @@ def trainable(model: nn.Module) -> Mapping[str, nn.Parameter]:
         )
     check_weights(model)
     for name, parameter in model.named_parameters():
+        if parameter.is_complex():
+            raise TypeError(
+                f"the model's weight {name!r} holds complex numbers ({parameter.dtype}), along "
+                "which derivatives are not measured; hold real and imaginary parts as two weights"
+            )
         if not bool(parameter.detach().isfinite().all()):
             raise ValueError(f"the model's weight {name!r} holds NaN or Inf; the network is broken")
     return found

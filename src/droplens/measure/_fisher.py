@@ -15,6 +15,7 @@ from droplens.measure._checks import trainable, warn_of_nothing
 from droplens.measure._fisher_passes import AUTOGRAD, LAYER, Labels, Method, Pass
 from droplens.measure._layers import settle_axes, watched
 from droplens.measure._masks import Applied, Masking, Masks
+from droplens.measure._parts import check_apart
 from droplens.measure._risk import Loss
 from droplens.randomness import private_generator
 
@@ -92,7 +93,8 @@ def fisher(  # noqa: PLR0913  # the last four are keywords with defaults
     Raises:
         TypeError: if the loss is not known, or the model returns no tensor.
         ValueError: if data or weights are bad, targets are missing, no parameter is trainable, a
-            site's masks have no law, or `method`, `masks` or `draws` is out of range.
+            site's masks have no law, predictions change with the examples beside them, or
+            `method`, `masks` or `draws` is out of range.
     """
     if method not in get_args(Method):
         raise ValueError(f"method has to be one of {get_args(Method)}, but got {method!r}")
@@ -109,6 +111,8 @@ def fisher(  # noqa: PLR0913  # the last four are keywords with defaults
     with torch.enable_grad(), masking.applied(model) as applied:
         work = _Work(model, method, family_of, loss_of, source, applied, parameters, sums)
         for index, batch in enumerate(batches):
+            if index == 0:
+                check_apart(model, batch, applied)
             runs = draws if sampled else applied.count
             run = 0
             while run < runs:

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from torch import nn
 
-from droplens.calling import check_weights
+from droplens.calling import check_weights, dense_gradients
 from droplens.gates import HeldMasks, masks_held, masks_off
 
 Masks = Literal["off", "fixed", "expected"]
@@ -56,12 +56,13 @@ class Masking:
             What chooses among the draws.
         """
         check_weights(model)
-        if self.mode == "off":
-            with masks_off(model):
-                yield Applied(1, None)
-            return
-        with masks_held(model, self.seed) as held:
-            yield Applied(self.rows, held)
+        with dense_gradients(model):
+            if self.mode == "off":
+                with masks_off(model):
+                    yield Applied(1, None)
+                return
+            with masks_held(model, self.seed) as held:
+                yield Applied(self.rows, held)
 
 
 class Applied:

@@ -12,12 +12,14 @@ from torch import nn
 
 from droplens.batches import Batch, n_examples, rows_of
 from droplens.calling import ForwardError, predictions, tensors_in
+from droplens.gates import agree
 from droplens.measure._masks import Applied
 
 _PARTS: Final = 4
 # Fewer examples than these leave a processor idle, and every part costs a pass over the weights.
 _LEAST: Final = 64
 WHOLE: Final = sys.maxsize
+_FEW: Final = 4
 # Rows, and numbers in the inputs, up to which a pass costs little more than its first row.
 _CHEAP_ROWS: Final = 256
 _CHEAP_NUMBERS: Final = 2**14
@@ -41,11 +43,32 @@ def rows_at_once(model: nn.Module, batch: Batch, masks: Applied) -> int:
             part = predictions(model, rows_of(batch.inputs, last))
         except ForwardError:
             return WHOLE
-    if len(whole) != n or part.shape != (rows, *whole.shape[1:]):
-        return WHOLE
-    slack = 1e3 * torch.finfo(whole.dtype).eps * float(whole.abs().max())
-    alike = float((part - whole[last]).abs().max()) <= slack
-    return rows if alike else WHOLE
+    return rows if len(whole) == n and agree(part, whole[last]) else WHOLE
+
+
+def check_apart(model: nn.Module, batch: Batch, masks: Applied) -> None:
+    """Look at a few examples whether predictions are each example's own.
+
+    Raises:
+        ValueError: if predictions change with the examples beside them.
+    """
+    some = min(n_examples(batch.inputs), _FEW)
+    last = slice(some // 2, some)
+    if some == 1:
+        return
+    with torch.no_grad(), masks.lifted():
+        try:
+            whole, part = (
+                predictions(model, rows_of(batch.inputs, rows)) for rows in (slice(some), last)
+            )
+        except ForwardError:
+            return  # a forward that knows one number of examples only
+    if (len(whole), len(part)) == (some, some - some // 2) and not agree(part, whole[last]):
+        raise ValueError(
+            "the predictions for some examples change with the examples beside them, so that no "
+            "gradient is an example's own; measure.fisher_spectrum gives the trace by products, "
+            "which do not ask whose"
+        )
 
 
 def copies_at_once(model: nn.Module, batch: Batch, masks: Applied) -> int:
@@ -69,12 +92,8 @@ def copies_at_once(model: nn.Module, batch: Batch, masks: Applied) -> int:
             many = predictions(model, copied(batch, copies).inputs)
         except ForwardError:
             return 1
-    shape = whole.shape[1:]
-    if len(whole) != n or part.shape != (n - n // 2, *shape) or many.shape != (copies * n, *shape):
-        return 1
-    slack = 1e3 * torch.finfo(whole.dtype).eps * float(whole.abs().max())
-    off = [part - whole[last], many - whole.repeat(copies, *[1] * len(shape))]
-    return copies if max(float(own.abs().max()) for own in off) <= slack else 1
+    again = whole.repeat(copies, *[1] * (whole.dim() - 1))
+    return copies if len(whole) == n and agree(part, whole[last]) and agree(many, again) else 1
 
 
 def copied(batch: Batch, copies: int) -> Batch:
