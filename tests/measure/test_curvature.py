@@ -463,14 +463,17 @@ def test_intervals_over_directions_cover():
     d, a = (torch.cat(part) for part in zip(*bent, strict=True))
     normal = a - a @ span @ span.mT
     # The metric of MSELoss is 2/(120·3) times the identity.
-    kappa = normal.norm(dim=1) / d.square().sum(1) / math.sqrt(2 / 360)
+    unit = d.square().sum(1) * math.sqrt(2 / 360)
+    kappa, effects = normal.norm(dim=1) / unit, (a - normal).norm(dim=1) / unit
     v = unflatten(model, names, steps[0])
     own = measure.curvature(model, x, nn.MSELoss(), "e", [v])
     # J has singular values down to 1e-9 of the largest, which no solve tells from none.
     assert own.intrinsic.value == pytest.approx(float(kappa[0]), rel=1e-3)
-    truth, inside = float(kappa.mean()), 0
+    assert own.parameter_effects.value == pytest.approx(float(effects[0]), rel=1e-3)
     count = signature(measure.curvature).parameters["directions"].default
-    for drawn in kappa.view(1000, count):
-        low, high = mean_estimate(drawn, "directions").interval()
-        inside += low <= truth <= high
-    assert 930 <= inside <= 970
+    for values in (kappa, effects):
+        truth, inside = float(values.mean()), 0
+        for drawn in values.view(1000, count):
+            low, high = mean_estimate(drawn, "directions").interval()
+            inside += low <= truth <= high
+        assert 930 <= inside <= 970, inside
