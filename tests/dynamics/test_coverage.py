@@ -8,9 +8,9 @@ another is named.
 | `decompose` | gap, spread, shift | 1, 2 | penalties/test_decompose |
 | `decompose` | the same, and by site; 50 draws | 5 | penalties/test_decompose |
 | `decompose` over a loader | gap, spread, shift; 40 draws | 5 | penalties/test_streams |
-| `penalty("sampled")` | total; one probe: at least 93% | 5 | penalties/test_sampled |
+| `penalty("sampled")` | total, by site; a bound: at least 93% | 16 | penalties/test_sampled |
 | `penalty("sampled")` | total, by site, by example; 20 probes | 5 | penalties/test_sampled |
-| `penalty("masks")` | total | 5 | penalties/test_masks |
+| `penalty("masks")` | total | 1, 2, 5 | penalties/test_masks |
 | either over a loader | total; 20 probes | 5 | penalties/test_streams |
 | `modified_loss` | explicit, implicit, drift, diffusion, total | 1, 2 | test_modified |
 | `gradient_noise` | trace, by site, signal | 1, 2 | test_noise |
@@ -33,8 +33,6 @@ Known to lie outside, and said where the number is:
 
 - a divergence below ½ tr(H Σ)/draws: a square near zero, which no symmetric interval serves
   (75–92% for one to three examples, 98% for twenty);
-- `penalty("masks")` of one or two examples: 89 and 92%, as 16 draws of a skewed product are few;
-  of one example a single probe: 75%;
 - `noise_alignment` with Σ ∝ I: 99.5%, as the null has no part of first order there;
 - rare masks that make most of a mean (`gradient_noise` of one example at p = 0.8): too short.
 """

@@ -93,13 +93,29 @@ def test_sites_seeds_targets_and_the_rest():
 
 
 @pytest.mark.slow
-def test_intervals_cover_the_truth_at_their_level():
-    """1,000 repeats of 16 masks: the 95% interval holds the enumerated spread in 93–97%."""
+@pytest.mark.parametrize("n", [1, 2, 5])
+def test_intervals_cover_the_truth_at_their_level(n):
+    """1,000 repeats of the default's masks: the interval holds the enumerated spread in 93–97%."""
     net = deep_network(0.3)
-    expected = truth(net, 0.3)[1]
-    held = 0
+    expected = truth(net, 0.3, examples=n)[1]
+    held, draws = 0, 200 // n
     for seed in range(1000):
-        found = by_masks(net, seed=seed)
-        low, high = Estimate(float(found), found.standard_error, 16).interval()
+        with torch.no_grad():
+            found = dl.penalty(net, x[:n], cross_entropy, "masks", seed=seed)
+        low, high = Estimate(float(found), found.standard_error, draws).interval()
         held += low <= expected <= high
     assert 930 <= held <= 970, held
+
+
+def test_few_examples_have_more_masks():
+    """As many as make 200 of an example, and 16 at least."""
+    net, seen = deep_network(0.3), []
+    net.register_forward_hook(lambda *_: seen.append(1))
+
+    def passes(n, draws=None):
+        seen.clear()
+        dl.penalty(net, randn(n, x.shape[1]), cross_entropy, "masks", draws=draws, seed=0)
+        return len(seen)
+
+    for n, draws in ((1, 200), (7, 29), (12, 17), (13, 16), (40, 16)):
+        assert passes(n) == passes(n, draws)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from droplens.calling import check_inputs, check_outputs, predictions
+from droplens.calling import check_outputs, predictions
 from droplens.discovery import sites as find_sites
 from droplens.gates import draw_masks, masks_replaced
 from droplens.losses import Family
@@ -43,9 +43,8 @@ def drawn_spread(
     are recorded if they are on.
 
     Raises:
-        ValueError: if inputs, targets or names are bad.
+        ValueError: if targets or names are bad.
     """
-    check_inputs(inputs)
     found = find_sites(model, inputs)
     lawful = [site.name for site in found if site.law is not None]
     for name in draws.names or ():

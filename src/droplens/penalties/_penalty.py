@@ -1,5 +1,6 @@
 """What dropout costs without drawing a mask: three evaluations of the spread."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -8,7 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from droplens.calling import check_model, device_of
+from droplens.batches import n_examples
+from droplens.calling import check_inputs, check_model, device_of
 from droplens.losses import POINTS, Family
 from droplens.losses import family as family_of
 from droplens.penalties._masks import Draws, drawn_spread
@@ -20,8 +22,11 @@ from droplens.randomness import private_generator
 
 Method = Literal["gaussian", "second_order", "sampled", "masks"]
 
-# Probes or masks drawn if it is not said how many.
-_DRAWS = {"sampled": 1, "masks": 16}
+# Masks drawn if it is not said how many, and of few examples so many that their intervals hold.
+_FEWEST_MASKS, _MASKED_EXAMPLES = 16, 200
+# Fewer examples than these do not make a bound out of the squares of a single probe.
+_FEW_EXAMPLES = 16
+_SAMPLED = ("sampled", "masks")
 
 # Examples × points × classes evaluated at once: what stays in a core's cache.
 _CACHED_NUMBERS = 1 << 19
@@ -75,8 +80,9 @@ def penalty(  # noqa: PLR0913  # the last five are keywords with defaults
             brings its own.
         sites: names of the sites to count; all of them if not given.
         draws: probes, for "sampled": one backward pass each, one if not given; with one, the
-            standard error is an upper bound. Masks, for "masks": one forward pass each, 16 if
-            not given.
+            standard error is an upper bound, and of fewer than 16 examples NaN. Masks, for "masks":
+            one forward pass each; if not given 16, and of fewer than 13 examples as many as make
+            200 masks of an example.
         generator: where probes or masks come from; a private one seeded by the system if not
             given.
         seed: in place of a generator.
@@ -97,27 +103,27 @@ def penalty(  # noqa: PLR0913  # the last five are keywords with defaults
     if method not in _ORDER:
         known = ", ".join(repr(name) for name in _ORDER)
         raise ValueError(f"method has to be one of {known}, but got {method!r}")
-    draws = _DRAWS.get(method, 1) if draws is None else draws
-    if isinstance(draws, bool) or not isinstance(draws, int):
+    if isinstance(draws, bool) or not isinstance(draws, int | None):
         raise TypeError(f"draws has to be an int, but got {type(draws).__name__}")
     check_sites(sites)
     check_model(model)
     least = 2 if method == "masks" else 1
-    if draws < least:
+    if draws is not None and draws < least:
         raise ValueError(f"draws has to be at least {least}, but got {draws}")
     asked = _Asked(model, family_of(loss), method, sites, draws)
     source, used_seed = None, None
-    if method in _DRAWS:
+    if method in _SAMPLED:
         source, used_seed = private_generator(generator, seed, device_of(model, inputs))
     batches = streamed(inputs, targets, model, loss)
     if batches is None:
-        return asked.priced(inputs, targets, torch.is_grad_enabled(), source, used_seed)
+        keep = torch.is_grad_enabled()
+        return asked.told(asked.priced(inputs, targets, keep, source, used_seed))
     found = []
     for x, y in batches:
         part = asked.priced(x, y, False, source, used_seed)
         # Values by site are computed at once, or the noise of every example would be held.
         found.append(replace(part, by_site=dict(part.by_site)))
-    return pooled_penalty(found)
+    return asked.told(pooled_penalty(found))
 
 
 @dataclass(frozen=True)
@@ -128,7 +134,20 @@ class _Asked:
     family: Family
     method: Method
     sites: Sequence[str] | None
-    draws: int
+    draws: int | None
+
+    def told(self, found: Penalty) -> Penalty:
+        """Without the errors that a single probe does not tell."""
+        if self.method != "sampled" or (self.draws or 1) > 1 or found.example_errors is None:
+            return found
+        each = found.example_errors
+        found = replace(found, example_errors=torch.where(each > 0, math.nan, each))
+        if len(each) >= _FEW_EXAMPLES:
+            return found
+        sites = {name: math.nan if error else 0.0 for name, error in found.site_errors.items()}
+        return replace(
+            found, standard_error=math.nan if found.standard_error else 0.0, site_errors=sites
+        )
 
     def priced(
         self,
@@ -148,7 +167,9 @@ class _Asked:
                 errors: Tensor | None = None
                 by_site: Mapping[str, Tensor]
                 if source is not None:
-                    by_site, each, site_errors, errors = _sampled(network, self.draws, source, keep)
+                    by_site, each, site_errors, errors = _sampled(
+                        network, self.draws or 1, source, keep
+                    )
                 elif self._to_second_order:
                     by_site, each = _second_order(network, keep)
                 else:
@@ -181,7 +202,9 @@ class _Asked:
         seed: int | None,
     ) -> Penalty:
         with torch.set_grad_enabled(keep):
-            draws = Draws(self.sites, self.draws, source)
+            check_inputs(inputs)
+            few = math.ceil(_MASKED_EXAMPLES / n_examples(inputs))
+            draws = Draws(self.sites, self.draws or max(_FEWEST_MASKS, few), source)
             found = drawn_spread(self.model, inputs, self.family, targets, draws)
             return Penalty(
                 found.per_example.sum(),
@@ -202,7 +225,7 @@ class _Asked:
 
     @property
     def _approximation(self) -> str:
-        exact = self.family.quadratic and self.method not in _DRAWS
+        exact = self.family.quadratic and self.method not in _SAMPLED
         return _EXACT if exact else _ORDER[self.method]
 
     def _opened(self, inputs: Any, targets: Tensor | None, keep: bool) -> Iterator[Network]:

@@ -29,17 +29,15 @@ class Penalty:
         approximation: of what order the value is, in words.
         participation: by site, how many equal coins would make the output noise of an example;
             for the Gaussian value, which leans on many.
-        standard_error: of the total over probes, for "sampled", or masks, for "masks"; else 0. With
-            the 16 masks of the default, few products are skewed: 95% intervals hold the truth in
-            89% for one example, 92% for two, 95% for five.
+        standard_error: of the total over probes, for "sampled", or masks, for "masks"; else 0. Of a
+            single probe an upper bound, which takes 16 examples; of fewer NaN.
         seed: repeats the probes or masks; None if none were drawn.
         notes: what a reader of the number should know.
         unmeasured: sites that are not counted (no law, or a mask that mixes examples), and why.
         divisor: what the loss's mean divides by; None for a sum.
         site_errors: standard errors of `by_site`; empty where nothing was sampled.
-        example_errors: those of `per_example`, (n); None where nothing was sampled. Of a single
-            probe an error is as skewed as its value: of one example 95% intervals hold the truth
-            in 75%, of 20 probes in 95%.
+        example_errors: those of `per_example`, (n); None where nothing was sampled, NaN of a single
+            probe.
     """
 
     total: Tensor
