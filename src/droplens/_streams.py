@@ -1,6 +1,7 @@
 """The random streams that data loading may draw from, lent to it and taken back."""
 
 import random
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -15,11 +16,19 @@ def generators_of(loader: Any) -> list[torch.Generator]:
     return [generator for generator in found.values() if isinstance(generator, torch.Generator)]
 
 
+@cache
+def _draws(kind: type) -> bool:
+    """Whether it is a random stream; asking torch's own type about an instance takes its time."""
+    streams: set[type] = {random.Random, np.random.Generator, torch.Generator}
+    return not streams.isdisjoint(kind.__mro__)
+
+
 class Owned:
     """The generators that a network's modules hold as attributes, where they stand now."""
 
     def __init__(self, model: nn.Module) -> None:
-        held = [value for module in model.modules() for value in vars(module).values()]
+        every = (value for module in model.modules() for value in vars(module).values())
+        held = [value for value in every if _draws(type(value))]
         self.python = [value for value in held if isinstance(value, random.Random)]
         self.numpy = [value for value in held if isinstance(value, np.random.Generator)]
         self._torch = [

@@ -171,10 +171,18 @@ def open_gates(model: nn.Module, inputs: Any, names: Collection[str] | None = No
     return Opened(outputs, tuple(gates), unmeasured, reordered)
 
 
+# Where these alone follow each other no example meets another, and none need be tried.
+_EACH_ALONE = {
+    nn.Sequential, nn.Identity, nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d,
+    nn.ReLU, nn.LeakyReLU, nn.Tanh, nn.Sigmoid, nn.GELU, nn.SiLU, nn.ELU,
+    nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout,
+}  # fmt: skip
+
+
 def _apart(model: nn.Module, inputs: Any, outputs: Tensor) -> bool:
     """Whether examples come out alike without the others: tried with two from the middle."""
     n = n_examples(inputs)
-    if n < 2 or len(outputs) != n:
+    if n < 2 or len(outputs) != n or all(type(m) in _EACH_ALONE for m in model.modules()):
         return True  # nothing to tell apart, or not along this axis
     if any(isinstance(m, _NormBase) and "forward" in vars(m) for m in model.modules()):
         return True  # a norm layer that is made to follow this batch, and told what is whose
