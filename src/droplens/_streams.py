@@ -28,7 +28,7 @@ class Owned:
 
     def __init__(self, model: nn.Module) -> None:
         every = (value for module in model.modules() for value in vars(module).values())
-        held = [value for value in every if _draws(type(value))]
+        held = [value for value in every if _draws(value.__class__)]
         self.python = [value for value in held if isinstance(value, random.Random)]
         self.numpy = [value for value in held if isinstance(value, np.random.Generator)]
         self._torch = [
