@@ -186,8 +186,12 @@ class Traces:
         inner, lengths, known = [], [], []
         for draw in range(count):
             HQ = H.products_of_draw(draw, Q)
-            inner.append(np.einsum("ki,kj->ij", Q, HQ, dtype=np.float64))
-            lengths.append(_lengths(HQ))
+            if count > 1:  # for their spread, in double precision
+                inner.append(np.einsum("ki,kj->ij", Q, HQ, dtype=np.float64))
+                lengths.append(_lengths(HQ))
+            else:
+                inner.append(Q.T @ HQ)
+                lengths.append(np.zeros(Q.shape[1]))
             known.append(self._known(HQ, inner[-1]))
             HQ /= count
             self.mean += HQ
