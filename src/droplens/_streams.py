@@ -37,6 +37,12 @@ class Owned:
         self._python = [(value, value.getstate()) for value in self.python]
         self._numpy = [(value, value.bit_generator.state) for value in self.numpy]
 
+    def moved(self) -> bool:
+        """Whether one that torch does not know stands elsewhere now."""
+        return any(python.getstate() != before for python, before in self._python) or any(
+            repr(numpy.bit_generator.state) != repr(before) for numpy, before in self._numpy
+        )
+
     def install(self) -> None:
         """Put them back there."""
         for generator, state in self._torch:
@@ -54,6 +60,13 @@ class Streams:
         self._torch = torch.get_rng_state()
         self._numpy = np.random.get_state()
         self._python = random.getstate()
+
+    def moved(self) -> bool:
+        """Whether NumPy's or Python's stands elsewhere now."""
+        _, key, *place = self._numpy
+        _, key_now, *place_now = np.random.get_state()
+        numpy = place == place_now and np.array_equal(key, key_now)
+        return not numpy or random.getstate() != self._python
 
     def install(self) -> None:
         torch.set_rng_state(self._torch)

@@ -1,5 +1,6 @@
 """Calling a stranger's model: inputs in any usual form, one tensor of predictions out."""
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -239,7 +240,7 @@ def check_inputs(inputs: Any) -> None:
 def _finite(tensor: Tensor) -> bool:
     """Whether all numbers are; a finite sum says so in one pass."""
     numbers = tensor.detach()
-    return bool(torch.isfinite(numbers.sum())) or bool(torch.isfinite(numbers).all())
+    return math.isfinite(abs(numbers.sum().item())) or bool(torch.isfinite(numbers).all())
 
 
 def check_outputs(model: nn.Module, outputs: Tensor) -> None:

@@ -149,6 +149,7 @@ def open_gates(model: nn.Module, inputs: Any, names: Collection[str] | None = No
         if reason is not None:
             unmeasured[site.name] = reason
             return x
+        reads.lose(x, call.kind)  # a weight that is dropped twice
         # A mask for each example, of a weight that they share: one gate will do.
         copies = x.shape if call.of_weights else None
         x = x[:1] if call.of_weights else x

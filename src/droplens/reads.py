@@ -235,6 +235,11 @@ class Reads(TorchFunctionMode):
         self._parts[id(weight)] = _Part(weight, owner)
         return owner
 
+    def lose(self, x: Tensor, reader: str) -> None:
+        """Say that `reader` changes `x` unseen, in case it shows a followed weight."""
+        for part in _met(self._parts, x):
+            part.owner.unknown = reader
+
     def __torch_function__(
         self,
         func: Callable[..., Any],

@@ -1,7 +1,7 @@
 """Leave the caller's model as it was: flags, buffers and RNG state, also after an error."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -11,28 +11,38 @@ from droplens._streams import Owned, Streams
 
 
 @contextmanager
-def guarded(model: nn.Module) -> Iterator[None]:
+def guarded(model: nn.Module) -> Iterator[tuple[Streams, Owned]]:
     """Restore every module's training flag, the buffers and the random streams on the way out.
 
     Flags are restored one by one, because `model.train()` would forget a frozen sub-module.
+
+    Yields:
+        Where the streams stood: a forward may draw from any, not torch's alone.
     """
     flags = [(module, module.training) for module in model.modules()]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
-    cuda = [device for device in devices if device.type == "cuda"]
-    streams = Streams(), Owned(model)  # not torch's alone: a forward may draw from any
+    standing = Streams(), Owned(model)
     try:
-        with torch.random.fork_rng(devices=cuda):
-            yield
+        with _cuda_forked(model):
+            yield standing
     finally:
-        for stream in streams:
-            stream.install()
+        for streams in standing:
+            streams.install()
         for module, training in flags:
-            module.training = training
+            if module.training != training:
+                module.training = training
         with torch.no_grad():
             for buffer, before in buffers:
                 if not torch.equal(buffer, before):
                     buffer.copy_(before)
+
+
+def _cuda_forked(model: nn.Module) -> AbstractContextManager[None]:
+    """Put the streams of its GPUs back."""
+    if not torch.cuda.is_initialized():
+        return nullcontext()
+    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
+    return torch.random.fork_rng([device for device in devices if device.type == "cuda"])
 
 
 # Layers whose train mode does something else than drop units: norm layers take their statistics

@@ -28,7 +28,7 @@ from droplens.discovery._composites import (
 )
 from droplens.discovery._guard import DROPPING, guarded, switch_on
 from droplens.discovery._registry import Masking, masking_of
-from droplens.discovery._tracker import Tracker, outside_torch
+from droplens.discovery._tracker import Tracker
 from droplens.masks import Bernoulli, Law, Weight
 
 Visit = Callable[[Call, Tensor], Tensor]
@@ -207,6 +207,15 @@ def _uncompiled() -> AbstractContextManager[Any]:
     return stance
 
 
+def _unseen(x: Tensor) -> AbstractContextManager[None]:
+    """Keep what a visitor does from function modes, which see even a look at a tensor's shape.
+
+    It is no part of the forward. A tensor of a type of its own may have functions of its own.
+    """
+    plain = type(x) is Tensor or type(x) is nn.Parameter
+    return torch._C.DisableTorchFunction() if plain else nullcontext()
+
+
 @contextmanager
 def intercept(model: nn.Module, visit: Visit, *, repeatable: bool = False) -> Iterator[Tracker]:
     """While open, every stochastic call of `model` returns `visit(call, x)` and draws nothing.
@@ -229,7 +238,7 @@ def intercept(model: nn.Module, visit: Visit, *, repeatable: bool = False) -> It
     refused = torch.is_grad_enabled() and not repeatable
 
     def named(call: Call, x: Tensor) -> Tensor:
-        with _naming(call.name):
+        with _naming(call.name), _unseen(x):
             if refused and not torch.is_grad_enabled() and _in_checkpoint():
                 raise ValueError(f"it stands in a reentrant torch.utils.checkpoint, {_AGAIN}")
             return visit(call, x)
@@ -261,9 +270,9 @@ def switched(
         visit: as for `intercept`.
         restart: called before a pass is run again.
     """
-    with guarded(model), intercept(model, visit) as tracker:
+    with guarded(model) as standing, intercept(model, visit) as tracker:
         switch_on(model)
-        untouched = [outside_torch(tracker.owned)]
+        untouched = [standing]
         stubborn: set[nn.Module] = set()
 
         def rerun(module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -273,7 +282,7 @@ def switched(
 
         def again(module: nn.Module, args: Any, kwargs: Any, outputs: Any) -> Any:
             # Looked at once: where the streams stand is not to be had for nothing.
-            if untouched and untouched.pop() != outside_torch(tracker.owned):
+            if untouched and any(streams.moved() for streams in untouched.pop()):
                 with tracker.watching():
                     return rerun(module, args, kwargs)
             own = tracker.drawing.copy()

@@ -13,7 +13,7 @@ from droplens._streams import Owned
 from droplens.discovery._calls import Call
 
 
-def outside_torch(owned: Owned) -> dict[str, Any]:
+def _outside_torch(owned: Owned) -> dict[str, Any]:
     """Where the random streams stand that torch does not know, by their name.
 
     Args:
@@ -29,12 +29,28 @@ def outside_torch(owned: Owned) -> dict[str, Any]:
     }
 
 
+# Layers that call nothing that drops or draws, so nobody asks whether they are running.
+_QUIET = {
+    nn.Identity, nn.Linear, nn.Embedding, nn.Flatten, nn.Unflatten,
+    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
+    nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm,
+    nn.ReLU, nn.LeakyReLU, nn.Tanh, nn.Sigmoid, nn.GELU, nn.SiLU, nn.ELU, nn.Softmax,
+    nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool2d,
+}  # fmt: skip
+
+
+def _quiet(module: nn.Module) -> bool:
+    """Whether it is one of these, as torch made it."""
+    hooked = module._forward_pre_hooks or module._forward_hooks or "forward" in vars(module)
+    return type(module) in _QUIET and not hooked
+
+
 class Tracker:
     """Knows which module is running, and gives every stochastic call its name."""
 
     def __init__(self, model: nn.Module) -> None:
         self.paths = {module: path for path, module in model.named_modules()}
-        self.owned = Owned(model)
+        self._model = model
         self.running: list[nn.Module] = []
         self.met: dict[str, int] = {}
         # What draws random numbers by itself.
@@ -51,7 +67,9 @@ class Tracker:
     def following(self) -> Iterator[None]:
         """Follow the forward pass with hooks, removed on the way out."""
         with ExitStack() as stack:
-            for module in self.paths:
+            for module, path in self.paths.items():
+                if path and _quiet(module):
+                    continue
                 enter = module.register_forward_pre_hook(self._enter, prepend=True)
                 stack.callback(enter.remove)
                 leave = module.register_forward_hook(self._leave, always_call=True)
@@ -65,7 +83,8 @@ class Tracker:
         Args:
             note: told the name of the stream, while the module that drew is running.
         """
-        self._outside, self._note = outside_torch(self.owned), note
+        self._owned = Owned(self._model)
+        self._outside, self._note = _outside_torch(self._owned), note
         try:
             yield
         finally:
@@ -74,7 +93,7 @@ class Tracker:
     def _look(self) -> None:
         if self._outside is None:
             return
-        before, self._outside = self._outside, outside_torch(self.owned)
+        before, self._outside = self._outside, _outside_torch(self._owned)
         for stream, state in self._outside.items():
             if state != before[stream] and self.running:
                 self.drawing.add(self.running[-1])

@@ -112,9 +112,9 @@ class Categorical(Family):
         top = f.detach().argmax(-1, keepdim=True)
         d = f - f.gather(1, top)
         # The top class itself has neither noise nor part in what follows.
-        padded = F.pad(covariance, (0, 1, 0, 1))  # the last class stays put
-        own = padded.diagonal(dim1=-2, dim2=-1)
-        shared = padded.gather(1, top.unsqueeze(-1).expand(-1, 1, m + 1)).squeeze(1)
+        own = F.pad(covariance.diagonal(dim1=-2, dim2=-1), (0, 1))  # the last class stays put
+        row = top.clamp_max(m - 1).unsqueeze(-1).expand(-1, 1, m)
+        shared = F.pad(covariance.gather(1, row).squeeze(1) * (top < m), (0, 1))
         variance = (own + own.gather(1, top) - 2 * shared).clamp_min(0)  # of d
         spread = softplus_excess(d, variance).sum(-1)
         if m == 1:
@@ -123,7 +123,8 @@ class Categorical(Family):
         meet = ((reached(d, variance) > _FAR).sum(-1) > 2).nonzero().squeeze(1)
         if len(meet) < len(d):
             d, top, covariance = (t.index_select(0, meet) for t in (d, top, covariance))
-        lifted = F.pad(covariance_factor(covariance), (0, 0, 0, 1))
+        factor = covariance_factor(covariance)
+        lifted = torch.cat([factor, factor.new_zeros(len(factor), 1, m)], 1)
         lifted = lifted - lifted.gather(1, top.unsqueeze(-1).expand(-1, -1, m))
         points = normal_points(m, max(POINTS, 2 * m)).to(f)
         return spread.index_add(0, meet, _meeting(d, lifted, points)).clamp_min(0)
@@ -226,7 +227,7 @@ class Categorical(Family):
 
 def _meeting(d: Tensor, lifted: Tensor, points: Tensor) -> Tensor:
     """E[log Σ e^{d_c} − Σ log(1 + e^{d_c})] over the noise minus its value without: (n); d ≤ 0."""
-    growth = torch.expm1((lifted @ points.mT).clamp_max(60.0))  # (n, C, P); 60: no overflow
+    growth = (lifted @ points.mT).clamp_max_(60.0).expm1_()  # (n, C, P); 60: no overflow
     odds = torch.exp(d).unsqueeze(-1)
     # Summed like this, because products of many small matrices are slow.
     together = torch.log1p((odds / odds.sum(-2, keepdim=True) * growth).sum(-2))

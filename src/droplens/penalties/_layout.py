@@ -168,11 +168,21 @@ def leads_back(f: Tensor, tensors: Sequence[Tensor]) -> list[bool]:
 _ROWS_OF = {"AddmmBackward0": 1, "MmBackward0": 0}
 
 
-def read_last(f: Tensor, tap: Tensor) -> GradientEdge | None:
-    """Where the units with this tap lie in the graph, if f (n, 1, C) is linear in them alone.
+@dataclass(frozen=True)
+class Last:
+    """Units (n, u) that f (n, 1, C) is linear in alone: all examples have the same ∂f/∂units.
 
-    All examples then have the same ∂f/∂units. Other graphs that have it may not be recognised.
+    Args:
+        edge: where they lie in the graph.
+        slope: ∂f/∂units, (C, u).
     """
+
+    edge: GradientEdge
+    slope: Tensor
+
+
+def read_last(f: Tensor, tap: Tensor) -> Last | None:
+    """The units with this tap, if f is seen to be linear in them alone; not all such f are."""
     layer: Any = f.grad_fn
     if _kind(layer) == "UnsqueezeBackward0":
         ((layer, _),) = layer.next_functions
@@ -184,8 +194,10 @@ def read_last(f: Tensor, tap: Tensor) -> GradientEdge | None:
     weights = [node.next_functions[0][0] if _kind(node) == "TBackward0" else node for node in nodes]
     if any(node is not None and _kind(node) != "AccumulateGrad" for node in weights):
         return None
-    tapped = _kind(read) == "AddBackward0" and any(n is tap.grad_fn for n, _ in read.next_functions)
-    return GradientEdge(read, 0) if tapped else None
+    if _kind(read) != "AddBackward0" or all(n is not tap.grad_fn for n, _ in read.next_functions):
+        return None
+    matrix: Tensor = layer._saved_mat2.detach()
+    return Last(GradientEdge(read, 0), getattr(layer, "_saved_alpha", 1) * matrix.mT)
 
 
 def _kind(node: Any) -> str:
@@ -225,6 +237,11 @@ def covariance_of(gate: Gate, rows: Tensor) -> Covariance:
         raise ValueError(f"site {gate.name!r}: {error}") from error
 
 
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """The parts one after another; one alone needs no copy."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
 def noise_covariance(covariance: Covariance, folded: Tensor, n: int) -> Tensor:
     """K = J_h C̄ J_hᵀ of every example, (n, m, m), from m scores F s in `folded` (m, n_rows, coins).
 
@@ -232,5 +249,5 @@ def noise_covariance(covariance: Covariance, folded: Tensor, n: int) -> Tensor:
     """
     folded = folded.transpose(0, 1)
     size = max(1, _WEIGHED_NUMBERS // max(1, folded[0].numel()))
-    gram = torch.cat([covariance.product(part) for part in folded.split(size)])
+    gram = joined([covariance.product(part) for part in folded.split(size)])
     return gram.unflatten(0, (n, -1)).sum(1) if len(gram) != n else gram

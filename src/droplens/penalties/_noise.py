@@ -15,7 +15,7 @@ from droplens.calling import ForwardError, check_inputs, check_outputs, predicti
 from droplens.gates import Opened, agree, draw_masks, masks_replaced, open_gates
 from droplens.losses import Family
 from droplens.penalties._layout import layouts, leads_back
-from droplens.penalties._sources import Source, source_of, tensors_of
+from droplens.penalties._sources import Source, Units, source_of, tensors_of
 from droplens.products import pull_back, term_jacobian
 
 # Numbers of Jacobians held at once where no graph is kept: a few of a training step's activations.
@@ -306,22 +306,26 @@ def _jacobian(network: Network, term: int, contrasts: Tensor) -> list[Tensor]:
     """Scores of one term without a graph.
 
     Where the outputs are linear in the units of a site alone, their gradient is one for all
-    examples: one pass finds it for all contrasts, and the passes begin there.
+    examples, and the passes begin there.
     """
     f, stacks = network.f, network.room(len(contrasts))
-    last = next((source for source in network.sources if source.last is not None), None)
-    if last is None or last.last is None or len(f) < len(contrasts):
+    found = (source for source in network.sources if isinstance(source, Units) and source.last)
+    last = next(found, None)
+    if last is None or last.last is None:
         term_jacobian(f, term, contrasts, network.tensors, network.scores, stacks)
         return stacks
-    (tap,), edge = last.tensors, last.last
-    cotangent = torch.zeros_like(f)
-    cotangent[: len(contrasts), term] = contrasts  # a contrast an example
-    (found,) = pull_back(f, cotangent, [tap])
-    others = [tensor for tensor in network.tensors if tensor is not tap]
-    for k, stack in enumerate(zip(*stacks, strict=True)):
-        alike = found[k].expand_as(tap)
-        pulled = iter(pull_back(edge, alike, others) if others else ())
-        gradients = [alike if tensor is tap else next(pulled) for tensor in network.tensors]
-        network.scores(gradients, stack)
-        del gradients, pulled  # so that the next pass writes where this one did
+    slopes = contrasts @ last.last.slope
+    before = replace(network, sources=tuple(s for s in network.sources if s is not last))
+    rest: list[Tensor] = []
+    for source, own in network.by_source(stacks):
+        if source is last:
+            last.fill(slopes, own[0])
+        else:
+            rest += own
+    if not before.sources:
+        return stacks
+    for slope, *stack in zip(slopes, *rest, strict=True):
+        gradients = pull_back(last.last.edge, slope.expand_as(last.tensors[0]), before.tensors)
+        before.scores(gradients, stack)
+        del gradients  # so that the next pass writes where this one did
     return stacks

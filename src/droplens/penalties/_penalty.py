@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, reduce
 from typing import Any, Literal
 
 import torch
@@ -13,6 +13,7 @@ from droplens.batches import n_examples
 from droplens.calling import check_inputs, check_model, device_of
 from droplens.losses import POINTS, Family
 from droplens.losses import family as family_of
+from droplens.penalties._layout import joined
 from droplens.penalties._masks import Draws, drawn_spread
 from droplens.penalties._noise import Network, Term, open_network, opened_in_parts, terms
 from droplens.penalties._pooling import check_sites, streamed
@@ -266,18 +267,23 @@ def _nothing(network: Network) -> tuple[dict[str, Tensor], Tensor]:
 
 def _second_order(network: Network, keep: bool) -> tuple[dict[str, Tensor], Tensor]:
     """½ Σ_c j_cᵀ C̄ j_c by site and by example, a backward pass per term and column of H^{1/2}."""
-    f = network.f
+    f = network.f if keep else network.f.detach()
     by_site, total = _nothing(network)
     if not by_site:
         return by_site, total
     root = network.family.root(f) * network.weights.sqrt()[..., None, None]  # (n, T, C, k)
+    so_far: dict[str, Tensor] = {}
     for term in range(f.shape[1]):
-        for c in range(root.shape[-1]):
+        for column in root[:, term].unbind(-1):
             cotangent = torch.zeros_like(f)
-            cotangent[:, term] = root[:, term, :, c]
-            for name, each in _half_quadratics(network, cotangent, keep).items():
-                by_site[name] = by_site[name] + each.sum()
-                total = total + each
+            cotangent[:, term] = column
+            scores = pull_back(network.f, cotangent, network.tensors, create_graph=keep)
+            for source, own in network.by_source(scores):
+                so_far[source.name] = source.add(own, so_far.get(source.name), len(f))
+    for source in network.sources:
+        each = 0.5 * source.added_up(so_far[source.name], len(f))
+        by_site[source.name] = each.sum()
+        total = total + each
     return by_site, total
 
 
@@ -342,7 +348,7 @@ def _gaussian(
         kept = replace(term, scores=())  # the Jacobians are spent
         for source, noise in zip(network.sources, noises, strict=True):
             found[source.name].append((kept, noise))
-        joint = torch.stack(noises).sum(0)
+        joint = reduce(torch.add, noises)
         total = total + term.weight * gaussian_spread(family, term.f, joint)
 
     def alone(name: str) -> Tensor:
@@ -360,7 +366,7 @@ def gaussian_spread(family: Family, f: Tensor, covariance: Tensor) -> Tensor:
     """Spread of one term under output noise of `covariance` (n, m, m) at f (n, C): (n)."""
     rows = max(1, _CACHED_NUMBERS // (POINTS * f.shape[-1]))
     parts = zip(f.split(rows), covariance.split(rows), strict=True)
-    spread = torch.cat([family.noise_spread(here, noise) for here, noise in parts])
+    spread = joined([family.noise_spread(here, noise) for here, noise in parts])
     # Without noise the rules leave their rounding behind.
     noisy = covariance.detach().diagonal(dim1=-2, dim2=-1).any(-1)
     return torch.where(noisy, spread, 0.0)

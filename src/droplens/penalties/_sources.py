@@ -14,7 +14,6 @@ from typing import final
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge
 from torch.utils.checkpoint import checkpoint
 
 from droplens._gram import gram
@@ -28,6 +27,7 @@ from droplens.masks import (
     relative_variance,
 )
 from droplens.penalties._layout import (
+    Last,
     Layout,
     check_law_along,
     covariance_of,
@@ -54,12 +54,18 @@ class Source(ABC):
     name: str
     law: Law
     tensors: tuple[Tensor, ...]
-    # Where the units lie in the graph, if the outputs are linear in them alone.
-    last: GradientEdge | None = None
 
-    @abstractmethod
     def quadratics(self, gradients: Sequence[Tensor], n: int) -> Tensor:
         """sᵀ C̄ s of every example, (n), from one gradient of every tensor."""
+        return self.added_up(self.add(gradients, None, n), n)
+
+    @abstractmethod
+    def add(self, gradients: Sequence[Tensor], so_far: Tensor | None, n: int) -> Tensor:
+        """Add what a pass has to sᵀ C̄ s to that of the passes before, in a form cheap to add to."""
+
+    @abstractmethod
+    def added_up(self, so_far: Tensor, n: int) -> Tensor:
+        """Σ sᵀ C̄ s over the passes that `add` was given, of every example, (n)."""
 
     @abstractmethod
     def scores(self, gradients: Sequence[Tensor], into: Sequence[Tensor | None]) -> list[Tensor]:
@@ -153,17 +159,28 @@ def source_of(gate: Gate, found: Sequence[Layout | None], f: Tensor, keep: bool)
 class Units(Source):
     """Coins on activations."""
 
-    def __init__(self, gate: Gate, layout: Layout, last: GradientEdge | None) -> None:
+    def __init__(self, gate: Gate, layout: Layout, last: Last | None) -> None:
         self.gate, self.layout, self.last = gate, layout, last
         self.name, self.law, self.tensors = gate.name, gate.law, (gate.tap,)
         self.h = layout.rows(gate.units)
-        # One gradient serves all examples, if nothing is summed over units before it is squared.
-        self.alike = last is not None and isinstance(gate.law, Bernoulli | Gaussian)
+        # Nothing is summed over units before it is squared.
+        self.single = isinstance(gate.law, Bernoulli | Gaussian)
+        # One gradient serves all examples.
+        self.alike = last is not None and self.single
 
-    def quadratics(self, gradients: Sequence[Tensor], n: int) -> Tensor:
+    def add(self, gradients: Sequence[Tensor], so_far: Tensor | None, n: int) -> Tensor:
+        """With a coin for every unit, Σ_c g_c² of the units: h can wait."""
+        g = self.layout.rows(gradients[0])
+        if self.single:
+            return g.square() if so_far is None else so_far.addcmul_(g, g)
+        each = self._covariance(self.law).quadratic(self.h * g)
+        return each if so_far is None else so_far + each
+
+    def added_up(self, so_far: Tensor, n: int) -> Tensor:
         """Rows beyond n have coins of their own, so they add up."""
-        scores = self.h * self.layout.rows(gradients[0])
-        return self._covariance(self.law).quadratic(scores).reshape(n, -1).sum(1)
+        if self.single:
+            so_far = _variance(self.name, self.law) * (self.h.square() * so_far)
+        return so_far.reshape(n, -1).sum(1)
 
     def scores(self, gradients: Sequence[Tensor], into: Sequence[Tensor | None]) -> list[Tensor]:
         """F (h ∘ g), (n_rows, coins); where all examples' g are alike, one of them."""
@@ -174,6 +191,14 @@ class Units(Source):
             torch.mul(self.h, g, out=to.view(g.shape))
             return [to]
         return [_put(self._covariance(self.law).fold(self.h * g), to)]
+
+    def fill(self, slopes: Tensor, stack: Tensor) -> None:
+        """Write the scores of m passes in which all examples have one gradient, (m, *units)."""
+        if self.alike:
+            stack.copy_(slopes.flatten(1).unsqueeze(1))
+            return
+        for slope, to in zip(slopes, stack, strict=True):
+            self.scores([slope.expand_as(self.gate.tap)], [to])
 
     def noise(self, scores: Scores, n: int, law: Law) -> Tensor:
         """The rate does not change which units share a coin.
@@ -256,11 +281,16 @@ class Weights(Source):
             _placed(read, layout, keep) for read, layout in zip(weight.reads, found, strict=True)
         ]
 
-    def quadratics(self, gradients: Sequence[Tensor], n: int) -> Tensor:
+    def add(self, gradients: Sequence[Tensor], so_far: Tensor | None, n: int) -> Tensor:
         """One gradient is a Jacobian of one row."""
         scores = self.scores(gradients, [None] * len(gradients))
         scores = [score.unsqueeze(0) for score in scores]
-        return self.noise(scores, n, self.law)[:, 0, 0]
+        each = self.noise(scores, n, self.law)[:, 0, 0]
+        return each if so_far is None else so_far + each
+
+    def added_up(self, so_far: Tensor, n: int) -> Tensor:
+        """Added up as they are."""
+        return so_far
 
     def scores(self, gradients: Sequence[Tensor], into: Sequence[Tensor | None]) -> list[Tensor]:
         """δ of every read, (n, r, *tap)."""
