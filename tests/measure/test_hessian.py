@@ -260,6 +260,18 @@ class Drifting(Dataset):
         return torch.from_numpy(self.source.standard_normal(4)), i % 3
 
 
+@pytest.mark.parametrize("masks", ["off", "expected"])
+def test_without_probes_the_eigenvalues_are_the_same_and_the_traces_unknown(masks):
+    found = measure.hessian(network(), examples(), CE, top=3, masks=masks, probes=0, seed=1)
+    probed = measure.hessian(network(), examples(), CE, top=3, masks=masks, probes=2, seed=1)
+    assert torch.equal(found.top_eigenvalues, probed.top_eigenvalues)
+    assert torch.equal(found.residuals, probed.residuals)
+    for trace in (found.trace, found.relative_trace):
+        assert math.isnan(trace.value)
+        assert math.isnan(trace.standard_error)
+    assert not any("trace" in note for note in found.notes)
+
+
 class Detached(nn.Linear):
     def forward(self, x):
         return super().forward(x).detach()
@@ -276,7 +288,7 @@ class Detached(nn.Linear):
         ),
         (network(), examples(), {"top": -1}, "top has to be a whole number of at least 0"),
         (network(), examples(), {"top": 1000}, "top is 1000, but the model has only 67"),
-        (network(), examples(), {"probes": 1}, "probes has to be at least 2, but got 1"),
+        (network(), examples(), {"probes": 1}, "probes has to be 0 or at least 2, but got 1"),
         (network(), examples()[0], {}, "data has no targets"),
         (network(), DataLoader(Drifting(), batch_size=4), {}, "data changes between passes"),
         (network().requires_grad_(False), examples(), {}, "no parameters that require gradients"),

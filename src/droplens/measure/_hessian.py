@@ -94,7 +94,7 @@ def hessian(  # noqa: PLR0913  # the last four are keywords with defaults
         probes: random vectors for the traces; by default as many as bring their standard errors
             under 5%, from 16 to 400. Where that takes as many as there are weights, one unit
             vector a weight takes their place, and nothing but masks is sampled; where 400 are too
-            few, `notes` say so.
+            few, `notes` say so. 0 leaves both traces out, as NaN.
         draws: of masks, for `"expected"`; at least 2. A product costs as many gradients and more.
         seed: repeats probes and masks.
         generator: where the seed is drawn from instead.
@@ -108,8 +108,8 @@ def hessian(  # noqa: PLR0913  # the last four are keywords with defaults
     """
     if isinstance(top, bool) or not isinstance(top, int) or top < 0:
         raise ValueError(f"top has to be a whole number of at least 0, but got {top!r}")
-    if probes is not None and probes < 2:
-        raise ValueError(f"probes has to be at least 2, but got {probes}")
+    if probes is not None and (probes < 0 or probes == 1):
+        raise ValueError(f"probes has to be 0 or at least 2, but got {probes}")
     source, used_seed = private_generator(generator, seed)
     masking = Masking(masks, draws, used_seed)
     data = checked_passes(batches, model, loss, in_order=masks != "off")
@@ -128,7 +128,7 @@ def hessian(  # noqa: PLR0913  # the last four are keywords with defaults
         errors, near = traces.errors(top)
         moves = H.moves
     if not moves:
-        warn_of_nothing("hessian", trace.value)
+        warn_of_nothing("hessian", float(np.abs(values).sum()) if probes == 0 else trace.value)
     return Hessian(
         trace,
         relative,
@@ -213,6 +213,9 @@ class Traces:
 
         Where a basis takes no more products than they would, it gives the traces themselves.
         """
+        if probes == 0:
+            self._table = torch.full_like(self._base, math.nan)
+            return
         if probes is not None and probes >= self._H.size:
             self._table = self._summed()
             return
@@ -263,6 +266,9 @@ class Traces:
 
     def estimates(self) -> tuple[Estimate, Estimate]:
         """Trace and relative trace."""
+        if self._table.isnan().all():  # left out
+            unknown = Estimate(math.nan, math.nan, 0, "probes")
+            return unknown, unknown
         over = ("masks", "probes")
         trace, relative = (crossed_estimate(t, over) for t in self._table.unbind(2))
         if self._table.shape[:2] == (1, 1):

@@ -35,7 +35,7 @@ def top_pairs(M: WeightMatrix, top: int, source: torch.Generator) -> tuple[Vecto
         return np.zeros(0), np.zeros((M.size, 0), M.dtype)
     operator: Any = LinearOperator((M.size, M.size), matvec=M.product, dtype=M.dtype)
     # Few vectors more than asked for: each is as large as the model.
-    size = min(M.size, 2 * top + 1)
+    size = min(M.size, 2 * top + 2)
     start = _normal(M, source)
     try:
         values, Q = eigsh(operator, k=top, which="LA", v0=start, ncv=size, tol=_TOLERANCE)

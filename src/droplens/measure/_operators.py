@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from droplens._memory import keep_freed_memory
 from droplens.batches import Batch, Batches, in_parts, is_one_batch
 from droplens.calling import check_outputs, predictions
 from droplens.labels import NO_LABEL
@@ -44,6 +45,7 @@ class WeightMatrix(ABC):
     """
 
     def __init__(self, model: nn.Module, batches: Batches, loss: Loss, masks: Applied) -> None:
+        keep_freed_memory()
         self.model, self.batches, self.loss, self.masks = model, batches, loss, masks
         parameters = trainable(model)
         self._names, self.parameters = list(parameters), list(parameters.values())

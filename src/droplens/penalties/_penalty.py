@@ -343,7 +343,7 @@ def _gaussian(
             noises.append(noise.to(term.f.dtype))  # a site may run in double where outputs do not
             if source.name not in counts:
                 # Where nothing is dropped (p = 0) no coin takes part, however large the scores.
-                alive = bool(noises[-1].detach().diagonal(dim1=-2, dim2=-1).any())
+                alive = bool(noises[-1].detach().any())
                 counts[source.name] = source.participation(scores, n) if alive else 0.0
         kept = replace(term, scores=())  # the Jacobians are spent
         for source, noise in zip(network.sources, noises, strict=True):
