@@ -166,7 +166,8 @@ def open_gates(model: nn.Module, inputs: Any, names: Collection[str] | None = No
         probed = {}
         reordered = reads.reordered or not _apart(model, inputs, outputs)
         # Units of which there are as many for two examples belong to none of them.
-        reordered |= any(probed.get(gate.name) == gate.units.shape for gate in gates)
+        units = (gate for gate in gates if gate.weight is None)
+        reordered |= any(probed.get(gate.name) == gate.units.shape for gate in units)
     if [gate.units._version for gate in gates] != versions:
         raise ValueError(OVERWRITTEN)
     return Opened(outputs, tuple(gates), unmeasured, reordered)

@@ -385,6 +385,17 @@ def test_a_weight_that_is_read_in_an_unknown_way_is_named():
     assert parts.spread.value > 0
 
 
+def test_a_weight_that_is_dropped_twice_is_named():
+    torch.manual_seed(0)
+    net = Run(
+        lambda m, x: m.head(F.linear(x, F.dropout(m.inner.weight, 0.5, m.training))),
+        inner=connect(nn.Linear(3, 4), "weight", 0.3),
+        head=nn.Linear(4, 3),
+    ).double()
+    found = dl.penalty(net, randn(5, 3), cross_entropy)
+    assert "masks a weight that 'F.dropout' reads" in " ".join(found.unmeasured.values())
+
+
 def test_p_of_one_is_refused_by_name():
     net = linear(1.0).double()
     with pytest.raises(ValueError, match=r"site '0\.parametrizations\.weight\.0': p = 1 drops"):

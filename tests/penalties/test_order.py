@@ -249,6 +249,13 @@ def test_units_that_examples_share_are_not_taken_for_theirs():
         assert f"in which the {n} examples cannot be told apart" in found.unmeasured["dropout"]
 
 
+def test_a_weight_that_examples_share_puts_none_of_them_in_another_order():
+    net = nn.Sequential(dl.nn.drop_connect(nn.Linear(3, 4), "weight", 0.3), nn.Linear(4, 3))
+    opened = open_gates(net.double(), randn(6, 3))
+    assert [gate.weight is None for gate in opened.gates] == [False]
+    assert not opened.reordered  # or every example would have to be asked for
+
+
 def test_a_way_chosen_by_the_batch_mixes_nothing():
     """Outputs change with the examples beside them, and the noise in them does not."""
     torch.manual_seed(0)
