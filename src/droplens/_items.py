@@ -65,4 +65,5 @@ def _split(item: Any, beyond: int | None, decoded: Callable[[Tensor], Tensor] | 
 
 
 def hint(item: object) -> str:
+    """How to make a tensor of what is nearly one; nothing where it is not."""
     return " (torch.from_numpy makes a tensor of it)" if isinstance(item, np.ndarray) else ""

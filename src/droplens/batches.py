@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from droplens._items import hint, splitter
 from droplens._streams import Streams, generators_of
-from droplens.calling import check_inputs, tensors_in
+from droplens.calling import ForwardError, agree, check_inputs, predictions, tensors_in
 from droplens.labels import IGNORED, NO_LABEL, holds_label, ignored_label
 
 # Numbers in one chunk of a data set that is given whole: 8 MB of float32.
@@ -106,6 +106,21 @@ def _read(data: Any, split: Callable[[Any], Batch]) -> Batches:
 def n_examples(inputs: Any) -> int:
     """How many examples a batch of inputs holds: the length of its first tensor."""
     return len(tensors_in(inputs)[0])
+
+
+def alike_alone(model: nn.Module, inputs: Any, outputs: Tensor, rows: slice) -> bool:
+    """Whether some examples come out among all (`outputs`) as they do without the others.
+
+    No, where the forward does not take so few, or the outputs' first axis is not that of examples.
+    """
+    if len(outputs) != n_examples(inputs):
+        return False
+    try:
+        with torch.no_grad():
+            alone = predictions(model, rows_of(inputs, rows))
+    except (ForwardError, ValueError, TypeError):
+        return False
+    return agree(alone, outputs[rows])
 
 
 def _is_pair(data: Sequence[Any]) -> bool:

@@ -260,6 +260,15 @@ def check_outputs(model: nn.Module, outputs: Tensor) -> None:
     )
 
 
+def agree(part: Tensor, whole: Tensor) -> bool:
+    """Whether outputs are the same up to rounding."""
+    if part.shape != whole.shape:
+        return False
+    scale = float(whole.detach().abs().max()) if whole.numel() else 0.0
+    slack = 1e3 * torch.finfo(whole.dtype).eps * scale
+    return float((part.detach() - whole.detach()).abs().max()) <= slack
+
+
 @contextmanager
 def dense_gradients(model: nn.Module) -> Iterator[None]:
     """While open, embeddings give dense gradients, which can be differentiated and measured."""

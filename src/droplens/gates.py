@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from droplens.batches import n_examples, rows_of
-from droplens.calling import HALF, ForwardError, predictions
-from droplens.discovery import Call, site_of, switched
+from droplens.batches import alike_alone, n_examples
+from droplens.calling import HALF, predictions
+from droplens.discovery import Call, is_hooked, site_of, switched
 from droplens.masks import Law
 from droplens.products import OVERWRITTEN
 from droplens.reads import Followed, Reads
@@ -160,11 +160,13 @@ def open_gates(model: nn.Module, inputs: Any, names: Collection[str] | None = No
         versions.append(x._version)
         return gated
 
+    parts = (part for part in model.modules() if part is not model)
+    alone = type(model) in _EACH_ALONE and all(map(_each_alone, parts))
     # Weights are followed below the interception, which spells out composites for it.
     with torch.enable_grad(), reads, switched(model, visit, restart):
         outputs = predictions(model, inputs)
         probed = {}
-        reordered = reads.reordered or not _apart(model, inputs, outputs)
+        reordered = reads.reordered or not (alone or _apart(model, inputs, outputs))
         # Units of which there are as many for two examples belong to none of them.
         units = (gate for gate in gates if gate.weight is None)
         reordered |= any(probed.get(gate.name) == gate.units.shape for gate in units)
@@ -177,33 +179,30 @@ def open_gates(model: nn.Module, inputs: Any, names: Collection[str] | None = No
 _EACH_ALONE = {
     nn.Sequential, nn.Identity, nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d,
     nn.ReLU, nn.LeakyReLU, nn.Tanh, nn.Sigmoid, nn.GELU, nn.SiLU, nn.ELU,
+    nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool2d,
     nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout,
 }  # fmt: skip
+
+
+def _each_alone(module: nn.Module) -> bool:
+    """Whether a layer leaves the examples along the first axis, each by itself."""
+    if is_hooked(module):
+        return False
+    if type(module) is nn.Flatten:
+        return module.start_dim > 0
+    if type(module) is nn.Unflatten:
+        return isinstance(module.dim, int) and module.dim > 0
+    return type(module) in _EACH_ALONE
 
 
 def _apart(model: nn.Module, inputs: Any, outputs: Tensor) -> bool:
     """Whether examples come out alike without the others: tried with two from the middle."""
     n = n_examples(inputs)
-    if n < 2 or len(outputs) != n or all(type(m) in _EACH_ALONE for m in model.modules()):
+    if n < 2 or len(outputs) != n:
         return True  # nothing to tell apart, or not along this axis
     if any(isinstance(m, _NormBase) and "forward" in vars(m) for m in model.modules()):
         return True  # a norm layer that is made to follow this batch, and told what is whose
-    some = slice(n // 2 - 1, n // 2 + 1 if n > 2 else 1)
-    try:
-        with torch.no_grad():
-            alone = predictions(model, rows_of(inputs, some))
-    except (ForwardError, ValueError, TypeError):
-        return False  # a forward that knows this many examples only
-    return agree(alone, outputs[some])
-
-
-def agree(part: Tensor, whole: Tensor) -> bool:
-    """Whether outputs are the same up to rounding."""
-    if part.shape != whole.shape:
-        return False
-    scale = float(whole.detach().abs().max()) if whole.numel() else 0.0
-    slack = 1e3 * torch.finfo(whole.dtype).eps * scale
-    return float((part.detach() - whole.detach()).abs().max()) <= slack
+    return alike_alone(model, inputs, outputs, slice(n // 2 - 1, n // 2 + 1 if n > 2 else 1))
 
 
 def draw_masks(

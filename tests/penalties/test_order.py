@@ -249,6 +249,14 @@ def test_units_that_examples_share_are_not_taken_for_theirs():
         assert f"in which the {n} examples cannot be told apart" in found.unmeasured["dropout"]
 
 
+def test_a_hook_on_a_plain_layer_may_mix_examples():
+    net = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.3), nn.Linear(4, 3)).double()
+    assert dl.penalty(net, randn(5, 3), cross_entropy).unmeasured == {}
+    net[2].register_forward_hook(lambda module, given, result: result - result.mean(0))
+    found = dl.penalty(net, randn(5, 3), cross_entropy)
+    assert "its mask mixes examples" in found.unmeasured["1"]
+
+
 def test_a_weight_that_examples_share_puts_none_of_them_in_another_order():
     net = nn.Sequential(dl.nn.drop_connect(nn.Linear(3, 4), "weight", 0.3), nn.Linear(4, 3))
     opened = open_gates(net.double(), randn(6, 3))

@@ -7,6 +7,7 @@ from droplens.discovery._intercept import intercept, switched
 from droplens.discovery._order import check_apart, picks_rows
 from droplens.discovery._registry import register_site
 from droplens.discovery._sites import Site, site_of, sites
+from droplens.discovery._tracker import is_hooked
 from droplens.discovery._unrolled import can_unroll, unrolled
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "check_apart",
     "guarded",
     "intercept",
+    "is_hooked",
     "picks_rows",
     "register_site",
     "site_of",

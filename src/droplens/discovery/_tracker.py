@@ -39,10 +39,10 @@ _QUIET = {
 }  # fmt: skip
 
 
-def _quiet(module: nn.Module) -> bool:
-    """Whether it is one of these, as torch made it."""
-    hooked = module._forward_pre_hooks or module._forward_hooks or "forward" in vars(module)
-    return type(module) in _QUIET and not hooked
+def is_hooked(module: nn.Module) -> bool:
+    """Whether calling it runs more than its class's forward."""
+    own = "forward" in vars(module)
+    return own or bool(module._forward_pre_hooks) or bool(module._forward_hooks)
 
 
 class Tracker:
@@ -68,7 +68,7 @@ class Tracker:
         """Follow the forward pass with hooks, removed on the way out."""
         with ExitStack() as stack:
             for module, path in self.paths.items():
-                if path and _quiet(module):
+                if path and type(module) in _QUIET and not is_hooked(module):
                     continue
                 enter = module.register_forward_pre_hook(self._enter, prepend=True)
                 stack.callback(enter.remove)

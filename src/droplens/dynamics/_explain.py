@@ -240,9 +240,19 @@ def _undropped(model: nn.Module, inputs: Any) -> Tensor:
     return outputs
 
 
-def _rows(outputs: Tensor, draws: int) -> int:
-    """How many examples at once keep the drawn outputs in memory."""
-    return max(1, _HELD // (draws * outputs[0].numel()))
+def _undropped_parts(
+    model: nn.Module, batch: Batch, targets: Tensor, draws: int, whole: bool = False
+) -> Iterator[tuple[Any, Tensor, Tensor]]:
+    """So many examples at once that their drawn outputs fit into memory, or the `whole` batch.
+
+    Yields:
+        Inputs, targets, and the outputs without dropout.
+    """
+    outputs = _undropped(model, batch.inputs)
+    rows = len(outputs) if whole else max(1, _HELD // (draws * outputs[0].numel()))
+    for start in range(0, len(outputs), rows):
+        part = slice(start, start + rows)
+        yield rows_of(batch.inputs, part), targets[part], outputs[part]
 
 
 class _Training:
@@ -265,12 +275,10 @@ class _Training:
 
     def add(self, batch: Batch, targets: Tensor) -> None:
         """Count one batch."""
-        outputs = _undropped(self.model, batch.inputs)
         # Norm layers in train mode need the batch whole.
-        rows = len(outputs) if self.live else _rows(outputs, self.draws)
-        for start in range(0, len(outputs), rows):
-            part = slice(start, start + rows)
-            self._add(rows_of(batch.inputs, part), targets[part], outputs[part])
+        parts = _undropped_parts(self.model, batch, targets, self.draws, whole=bool(self.live))
+        for part in parts:
+            self._add(*part)
 
     def _add(self, inputs: Any, targets: Tensor, outputs: Tensor) -> None:
         scorer = InDouble(self.family, self.loss, outputs, targets)
@@ -346,11 +354,8 @@ class _Validation:
 
     def add(self, batch: Batch, targets: Tensor) -> None:
         """Count one batch."""
-        outputs = _undropped(self.model, batch.inputs)
-        rows = _rows(outputs, self.draws)
-        for start in range(0, len(outputs), rows):
-            part = slice(start, start + rows)
-            self._add(rows_of(batch.inputs, part), targets[part], outputs[part])
+        for part in _undropped_parts(self.model, batch, targets, self.draws):
+            self._add(*part)
 
     def _add(self, inputs: Any, targets: Tensor, outputs: Tensor) -> None:
         scorer = InDouble(self.family, self.loss, outputs, targets)

@@ -10,9 +10,8 @@ from typing import Final
 import torch
 from torch import nn
 
-from droplens.batches import Batch, n_examples, rows_of
-from droplens.calling import ForwardError, predictions, tensors_in
-from droplens.gates import agree
+from droplens.batches import Batch, alike_alone, n_examples, rows_of
+from droplens.calling import ForwardError, agree, predictions, tensors_in
 from droplens.measure._masks import Applied
 
 _PARTS: Final = 4
@@ -39,11 +38,7 @@ def rows_at_once(model: nn.Module, batch: Batch, masks: Applied) -> int:
     last = slice(n - rows, n)
     with torch.no_grad(), masks.lifted():
         whole = predictions(model, batch.inputs)
-        try:
-            part = predictions(model, rows_of(batch.inputs, last))
-        except ForwardError:
-            return WHOLE
-    return rows if len(whole) == n and agree(part, whole[last]) else WHOLE
+        return rows if alike_alone(model, batch.inputs, whole, last) else WHOLE
 
 
 def check_apart(model: nn.Module, batch: Batch, masks: Applied) -> None:
@@ -87,13 +82,13 @@ def copies_at_once(model: nn.Module, batch: Batch, masks: Applied) -> int:
     last = slice(n // 2, n)
     with torch.no_grad(), masks.lifted():
         whole = predictions(model, batch.inputs)
+        if not alike_alone(model, batch.inputs, whole, last):
+            return 1
         try:
-            part = predictions(model, rows_of(batch.inputs, last))
             many = predictions(model, copied(batch, copies).inputs)
         except ForwardError:
             return 1
-    again = whole.repeat(copies, *[1] * (whole.dim() - 1))
-    return copies if len(whole) == n and agree(part, whole[last]) and agree(many, again) else 1
+    return copies if agree(many, whole.repeat(copies, *[1] * (whole.dim() - 1))) else 1
 
 
 def copied(batch: Batch, copies: int) -> Batch:

@@ -11,8 +11,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from droplens._memory import keep_freed_memory
 from droplens.batches import n_examples, rows_of
-from droplens.calling import ForwardError, check_inputs, check_outputs, predictions
-from droplens.gates import Opened, agree, draw_masks, masks_replaced, open_gates
+from droplens.calling import ForwardError, agree, check_inputs, check_outputs, predictions
+from droplens.gates import Opened, draw_masks, masks_replaced, open_gates
 from droplens.losses import Family
 from droplens.penalties._layout import layouts, leads_back
 from droplens.penalties._sources import Source, Units, source_of, tensors_of
