@@ -23,6 +23,13 @@ def _draws(kind: type) -> bool:
     return not streams.isdisjoint(kind.__mro__)
 
 
+def frozen(state: Any) -> Any:
+    """A state of one of NumPy's streams in a form that can be compared."""
+    if isinstance(state, dict):
+        return {name: frozen(part) for name, part in state.items()}
+    return state.tobytes() if isinstance(state, np.ndarray) else state
+
+
 class Owned:
     """The generators that a network's modules hold as attributes, where they stand now."""
 
@@ -40,7 +47,7 @@ class Owned:
     def moved(self) -> bool:
         """Whether one that torch does not know stands elsewhere now."""
         return any(python.getstate() != before for python, before in self._python) or any(
-            repr(numpy.bit_generator.state) != repr(before) for numpy, before in self._numpy
+            frozen(numpy.bit_generator.state) != frozen(before) for numpy, before in self._numpy
         )
 
     def install(self) -> None:
@@ -58,15 +65,13 @@ class Streams:
 
     def __init__(self) -> None:
         self._torch = torch.get_rng_state()
-        self._numpy = np.random.get_state()
+        self._numpy = np.random.get_state(legacy=False)
         self._python = random.getstate()
 
     def moved(self) -> bool:
         """Whether NumPy's or Python's stands elsewhere now."""
-        _, key, *place = self._numpy
-        _, key_now, *place_now = np.random.get_state()
-        numpy = place == place_now and np.array_equal(key, key_now)
-        return not numpy or random.getstate() != self._python
+        now = np.random.get_state(legacy=False)
+        return frozen(now) != frozen(self._numpy) or random.getstate() != self._python
 
     def install(self) -> None:
         torch.set_rng_state(self._torch)

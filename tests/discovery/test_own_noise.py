@@ -175,6 +175,19 @@ def test_streams_outside_torch_are_put_back(draw):
     assert found == [(random.random(), np.random.normal())] * 2
 
 
+def test_a_global_stream_of_another_kind_is_put_back():
+    net, before = noisy(lambda h: h * np.random.normal()).double(), np.random.get_bit_generator()
+    np.random.set_bit_generator(np.random.PCG64(3))
+    try:
+        kinds = {site.kind for site in dl.sites(net, x)}
+        dl.penalty(net, x, cross_entropy)
+        following = np.random.normal()
+    finally:
+        np.random.set_bit_generator(before)
+    assert "numpy.random" in kinds
+    assert following == np.random.RandomState(np.random.PCG64(3)).normal()
+
+
 def test_generators_that_a_module_owns_are_put_back():
     own = Own()
 

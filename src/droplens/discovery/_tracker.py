@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from droplens._streams import Owned
+from droplens._streams import Owned, frozen
 from droplens.discovery._calls import Call
 
 
@@ -19,13 +19,11 @@ def _outside_torch(owned: Owned) -> dict[str, Any]:
     Args:
         owned: by a network, beside the global ones.
     """
-    numpy = np.random.get_state(legacy=False)
-    key, pos = numpy["state"]["key"].tobytes(), numpy["state"]["pos"]
     return {
         "random": random.getstate(),
-        "numpy.random": (key, pos, numpy["has_gauss"], numpy["gauss"]),
+        "numpy.random": frozen(np.random.get_state(legacy=False)),
         "random.Random": [generator.getstate() for generator in owned.python],
-        "numpy.random.Generator": [repr(g.bit_generator.state) for g in owned.numpy],
+        "numpy.random.Generator": [frozen(g.bit_generator.state) for g in owned.numpy],
     }
 
 
