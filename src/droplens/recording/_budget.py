@@ -17,10 +17,11 @@ class Budget:
     """Tells whether there is time to measure, from how long training and measuring took so far.
 
     Call `trained` at every step and wrap every measurement in `spending`. A measurement fits when
-    measuring, with this one predicted from the last ones, stays within `share` of all time.
+    measuring, with this one predicted from the last ones, stays within `share` of what training
+    takes by itself: so much longer does it become.
 
     Args:
-        share: of the time from the first step on, in (0, 1]; 1 sets no limit.
+        share: of training's own time from the first step on, in (0, 1]; 1 sets no limit.
         clock: seconds, for tests.
 
     Raises:
@@ -58,7 +59,7 @@ class Budget:
     def fits(self) -> bool:
         """Whether another measurement stays within the share."""
         spent = self.measuring + self._predicted()
-        return spent <= self._share * (self.training + spent)
+        return self._share == 1 or spent <= self._share * self.training
 
     @contextmanager
     def spending(self) -> Iterator[None]:

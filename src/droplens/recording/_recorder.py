@@ -50,10 +50,10 @@ class Recorder:
     """Measures every site of a network at intervals of its training, within a budget of time.
 
     Call `step()` after every step of the optimiser. What is due waits until measuring, this
-    measurement included, stays within `budget` of the time; `share` says what it came to. Training
-    is not disturbed: random streams, gradients, modes, buffers and weights are left as found, and a
-    network trains to the same bits with a recorder as without. A metric that fails is warned of
-    once, and tried again.
+    measurement included, stays within `budget` of what training itself takes; `share` says what it
+    came to. Training is not disturbed: random streams, gradients, modes, buffers and weights are
+    left as found, and a network trains to the same bits with a recorder as without. A metric that
+    fails is warned of once, and tried again.
 
     >>> network = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.Linear(4, 2))
     >>> sample = (torch.ones(5, 3), torch.zeros(5, dtype=torch.long))
@@ -71,7 +71,7 @@ class Recorder:
         metrics: names among "rate", "penalty", "gap", "equalisation", "condensation" and "rank",
             or functions of a `recording.Sample` by a name of their own.
         every: steps from one measurement to the next.
-        budget: largest share of the time from the start on, in (0, 1]; 1 sets no limit.
+        budget: by how much training may become longer at any time, in (0, 1]; 1 sets no limit.
         writer: where numbers go besides `history`: anything with `add_scalar(tag, value, step)`,
             such as a TensorBoard SummaryWriter, or a folder to open one in.
         seed: of everything sampled; from the operating system if not given.
