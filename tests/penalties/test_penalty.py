@@ -431,3 +431,34 @@ def test_gap_is_spread_plus_shift_over_all_masks(p):
         )
         assert abs(gap - spread - shift) <= 1e-12
         assert spread > 0
+
+
+@pytest.mark.parametrize(
+    "last",
+    [
+        lambda h, weight, bias: torch.addmm(bias, h, weight, alpha=2.5),
+        lambda h, weight, bias: torch.addmm(bias, h, weight.detach(), alpha=2.5),
+        lambda h, weight, bias: torch.mm(h, 2.5 * weight) + bias,
+    ],
+    ids=["scaled", "frozen", "product"],
+)
+def test_a_last_matrix_is_seen_through(last):
+    """Values start at its slope where it is recognised, gradients do not: they have to agree."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.drop = nn.Linear(5, 7), nn.Dropout(0.4)
+            self.weight, self.bias = (nn.Parameter(torch.randn(*s)) for s in ((7, 3), (3,)))
+
+        def forward(self, x):
+            return last(self.drop(torch.tanh(self.first(x))), self.weight, self.bias)
+
+    torch.manual_seed(0)
+    net, x = Net().double(), randn(6, 5)
+    linear = nn.Sequential(net.first, nn.Tanh(), net.drop, nn.Linear(7, 3).double())
+    linear[3].weight.data, linear[3].bias.data = 2.5 * net.weight.data.T, net.bias.data
+    expected = float(dl.penalty(linear, x, cross_entropy))
+    with torch.no_grad():
+        assert float(dl.penalty(net, x, cross_entropy)) == pytest.approx(expected, rel=1e-12)
+    assert float(dl.penalty(net, x, cross_entropy)) == pytest.approx(expected, rel=1e-12)
