@@ -249,6 +249,12 @@ def test_units_that_examples_share_are_not_taken_for_theirs():
         assert f"in which the {n} examples cannot be told apart" in found.unmeasured["dropout"]
 
 
+def test_channels_without_a_batch_are_not_taken_for_examples():
+    layers = [nn.Conv1d(4, 4, 3, padding=1), nn.Dropout(0.3), nn.Conv1d(4, 4, 3, padding=1)]
+    found = dl.penalty(nn.Sequential(*layers).double(), randn(4, 10), nn.MSELoss())
+    assert "its mask mixes examples" in found.unmeasured["1"]
+
+
 def test_a_hook_on_a_plain_layer_may_mix_examples():
     net = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.3), nn.Linear(4, 3)).double()
     assert dl.penalty(net, randn(5, 3), cross_entropy).unmeasured == {}

@@ -18,8 +18,14 @@ _PICKING: frozenset[Callable[..., Any]] = frozenset(
 )
 
 
+# With so many axes these read one example, and mix along the first: what lies there is no batch.
+_UNBATCHED: dict[Callable[..., Any], int] = {F.linear: 1, F.conv1d: 2, F.conv2d: 3, F.conv3d: 4}
+
+
 def picks_rows(func: Callable[..., Any], args: tuple[Any, ...]) -> bool:
     """Whether a call may move examples: not one on a table of weights, nor a plain slice."""
+    if args and func in _UNBATCHED and args[0].dim() == _UNBATCHED[func]:
+        return True
     if func not in _PICKING or not args or isinstance(args[0], torch.nn.Parameter):
         return False
     if func is not _T.__getitem__:
