@@ -6,7 +6,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from droplens.estimates import Estimate, exact, jackknife, mean_estimate, welch, z_bound
+from droplens.estimates import (
+    Estimate,
+    cumulants,
+    exact,
+    from_cumulants,
+    jackknife,
+    mean_estimate,
+    note_on_untold,
+    skewed_mean,
+    square_estimate,
+    t_bound,
+    told,
+    variance_by_pairs,
+    variance_by_products,
+    welch,
+    z_bound,
+)
+from tests.covering import Covering
 
 
 class TestEstimate:
@@ -37,6 +54,28 @@ class TestEstimate:
         low, high = Estimate(1.0, 0.5, 1).interval(0.95)
         assert (low, high) == pytest.approx((1 - 0.979982, 1 + 0.979982), abs=1e-5)
         assert all(map(math.isnan, Estimate(1.0, math.nan, 1).interval()))
+
+    @given(
+        value=st.floats(-5, 5),
+        error=st.floats(0.01, 5),
+        slope=st.floats(-5, 5),
+        n=st.integers(2, 300),
+    )
+    def test_the_interval_ends_where_the_truth_would_be_t_errors_away(
+        self, value: float, error: float, slope: float, n: int
+    ) -> None:
+        ends = Estimate(value, error, n, "masks", slope).interval()
+        assert ends[0] <= value <= ends[1]
+        for end in ends:
+            away = end - value
+            variance = error**2 + slope * away
+            assert away**2 == pytest.approx(t_bound(n - 1) ** 2 * variance, rel=1e-6, abs=1e-9)
+
+    def test_a_number_turned_round_has_its_interval_turned_round(self) -> None:
+        low, high = Estimate(1.0, 0.5, 10, "masks", 0.3).interval()
+        found = Estimate(1.0, 0.5, 10, "masks", 0.3).rescaled(-2, 7)
+        assert found.interval() == pytest.approx((7 - 2 * high, 7 - 2 * low))
+        assert (found.value, found.standard_error) == (5.0, 1.0)
 
     def test_exact_numbers_carry_no_error(self) -> None:
         found = exact(3, over="seeds")
@@ -89,6 +128,132 @@ class TestJackknife:
     def test_too_few_draws_are_refused(self, n: int) -> None:
         with pytest.raises(ValueError, match=f"at least 2 draws, but got {n}"):
             jackknife(0.0, torch.zeros(n))
+
+    def test_one_coin_does_not_tell_the_error_of_its_variance(self) -> None:
+        """Every draw lies equally far from the mean, so that leaving one out moves nothing."""
+        generator = torch.Generator().manual_seed(0)
+        for draws, told_apart in (
+            (torch.randint(2, (200,), generator=generator).double(), False),
+            (torch.randn(200, generator=generator).double(), True),
+        ):
+            without = torch.stack([draws[torch.arange(200) != k].var() for k in range(200)])
+            products = torch.outer(draws - draws.mean(), draws - draws.mean())
+            by_pairs = variance_by_pairs(products, 200)
+            found = jackknife(float(draws.var()), without, by_pairs=by_pairs)
+            assert math.isfinite(found.standard_error) == told_apart
+
+
+class TestSkewedMeans:
+    def test_the_slope_by_hand(self) -> None:
+        values = torch.tensor([0.0] * 9 + [10.0], dtype=torch.float64)
+        found = skewed_mean(values)
+        # m = 1, m₂ = 9, m₃ = 72: γ = 8/3; s²/n = 1
+        assert found.variance_slope == pytest.approx(2 / 3 * 8 / 3 / math.sqrt(10))
+        assert (found.value, found.standard_error) == pytest.approx((1.0, 1.0))
+
+    def test_a_rare_draw_that_makes_most_of_it_takes_the_error(self) -> None:
+        values = torch.zeros(200)
+        values[:25] = 1
+        assert told(skewed_mean(values)).standard_error > 0
+        values[3:] = 0
+        found = told(skewed_mean(values))
+        assert math.isnan(found.standard_error)
+        assert found.value == pytest.approx(0.015)
+        (note,) = note_on_untold({"gap": found, "shift": exact(1.0)})
+        assert "do not tell the standard error of gap: a few rare masks" in note
+        assert note_on_untold({"shift": exact(1.0), "spread": Estimate(math.nan, math.nan)}) == ()
+
+    @given(n=st.integers(2, 60), seed=st.integers(0, 10**6))
+    def test_normal_draws_are_always_told(self, n: int, seed: int) -> None:
+        values = torch.randn(n, generator=torch.Generator().manual_seed(seed))
+        # Four standard deviations of their own skewness: of all draws at most one in 10,000.
+        if math.isnan(told(skewed_mean(values)).standard_error):
+            assert abs(float(stats.skew(values.numpy()))) > 4 * math.sqrt(6 / n)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("n", [40, 200])
+    def test_leaning_intervals_cover_at_their_level(self, n: int) -> None:
+        """2,000 means of skewed draws: exponential, and coins of which one in ten falls."""
+        for kind, truth in (("exponential", 1.0), ("coins", 0.1)):
+            generator = torch.Generator().manual_seed(0)
+            covering = Covering({"mean": truth})
+            for _ in range(2000):
+                uniform = torch.rand(n, generator=generator, dtype=torch.float64)
+                draws = -uniform.log() if kind == "exponential" else (uniform < truth).double()
+                covering.add({"mean": skewed_mean(draws)})
+            covering.assert_at_level()
+
+
+class TestSums:
+    def test_independent_numbers_add_up(self) -> None:
+        """A mean of 30 draws is the weighted sum of the means of its thirds, up to their spread."""
+        values = torch.rand(30, generator=torch.Generator().manual_seed(0)).double() ** 4
+        parts = [skewed_mean(values[k : k + 10]) for k in (0, 10, 20)]
+        sums = [
+            math.fsum(column) for column in zip(*(cumulants(p, 1 / 3) for p in parts), strict=True)
+        ]
+        found = from_cumulants(sums, parts[0])
+        assert found.value == pytest.approx(float(values.mean()))
+        within = torch.stack([values[k : k + 10] - values[k : k + 10].mean() for k in (0, 10, 20)])
+        second, third = within.square().mean(1), within.pow(3).mean(1)
+        variance = second.sum() / 9 / 9  # s²/n of each: m₂/(n − 1)
+        assert found.standard_error**2 == pytest.approx(float(variance))
+        # κ₃ of a mean is m₃/n², but for the correction of m₂ that the slope of each holds
+        expected = 2 / 3 * float((third / second).mean()) / 10 / 3
+        assert found.variance_slope == pytest.approx(expected, rel=0.3)
+
+    def test_nothing_varies(self) -> None:
+        assert from_cumulants((2.0, 0.0, 0.0), exact(1.0)) == exact(2.0)
+
+
+class TestSquares:
+    """‖μ‖² from K draws μ + g: the plug-in ‖μ + N‖² without its bias tr Cov/K."""
+
+    def measured(self, draws: torch.Tensor) -> Estimate:
+        products = draws @ draws.mT
+        k = len(draws)
+        sums = products.sum(1) - products.diagonal()
+        whole = sums.sum() / (k * (k - 1))
+        others = (sums.sum() - 2 * sums) / ((k - 1) * (k - 2))
+        by_pairs = variance_by_pairs(products, k)
+        return square_estimate(k * whole - (k - 1) * others, float(products.mean()), by_pairs)
+
+    def test_the_variance_by_pairs_of_normal_draws(self) -> None:
+        """2 tr(Cov²)/K², in the mean over 400 sets within 4 standard errors."""
+        generator = torch.Generator().manual_seed(0)
+        scales = torch.tensor([1.0, 2.0, 0.5]).double()
+        found, of_some = [], []
+        for _ in range(400):
+            draws = torch.randn(20, 3, generator=generator).double() * scales + 5
+            products = draws @ draws.mT
+            found.append(variance_by_pairs(products, 20))
+            steps = draws - draws.mean(0)
+            some = [float(steps[k] @ steps[k + 1]) for k in range(19)]
+            of_some.append(variance_by_products(some, 20, 1.0))
+        expected = 2 * float(scales.pow(4).sum()) / 20**2
+        for values in (torch.tensor(found), torch.tensor(of_some)):
+            error = float(values.std()) / 20
+            # Steps from their own mean are shorter by 1/K.
+            assert abs(float(values.mean()) - expected) <= 4 * error + 0.1 * expected
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("dimension", [1, 3, 20])
+    @pytest.mark.parametrize("distance", [0.0, 0.5, 1.0, 2.0, 5.0, 20.0])
+    def test_intervals_cover_from_zero_to_far_beyond_the_noise(
+        self, dimension: int, distance: float
+    ) -> None:
+        """2,000 repeats of 200 draws, `distance` in standard deviations of the noise N."""
+        generator = torch.Generator().manual_seed(0)
+        centre = torch.zeros(dimension).double()
+        centre[0] = distance / math.sqrt(200)
+        covering = Covering({"square": float(centre.square().sum())})
+        for _ in range(2000):
+            draws = torch.randn(200, dimension, generator=generator).double() + centre
+            covering.add({"square": self.measured(draws)})
+        covering.assert_at_level()
+
+    def test_no_draw_moves_nothing(self) -> None:
+        assert self.measured(torch.zeros(9, 2).double()).standard_error == 0
 
 
 class TestZBound:

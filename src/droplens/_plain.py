@@ -10,8 +10,9 @@ from droplens.estimates import Estimate
 def plain(value: Any) -> Any:
     """Turn a result into dicts, lists, strings and finite numbers, ready for JSON.
 
-    An Estimate becomes its four fields, a 0-d tensor or NumPy scalar its number, whatever has
-    `to_dict` that dict. NaN and infinity have no JSON form and become None.
+    An Estimate becomes its fields (the slope of its variance where it has one), a 0-d tensor or
+    NumPy scalar its number, whatever has `to_dict` that dict. NaN and infinity have no JSON form
+    and become None.
 
     >>> plain({"cost": Estimate(0.5, float("nan"), 1)})
     {'cost': {'value': 0.5, 'standard_error': None, 'n': 1, 'over': 'masks'}}
@@ -25,11 +26,13 @@ def plain(value: Any) -> Any:
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None
     if isinstance(value, Estimate):
+        slope = value.variance_slope
         return {
             "value": plain(value.value),
             "standard_error": plain(value.standard_error),
             "n": value.n,
             "over": value.over,
+            **({"variance_slope": plain(slope)} if slope else {}),
         }
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}

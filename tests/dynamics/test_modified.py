@@ -6,7 +6,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import droplens as dl
-from droplens.dynamics import _groups, _modified
+from droplens.dynamics import _gradients, _modified
+from tests.covering import Covering
 from tests.discovery.test_sites import Raises, assert_same_state, state_of
 from tests.reference_dynamics import WrittenLoss, covariance, gradients, network, randn
 
@@ -38,7 +39,7 @@ def test_terms_hold_the_enumerated_truth(loss, y):
     assert found.risk.standard_error == 0
     for estimate, value in zip((found.implicit, found.drift, found.diffusion), parts, strict=True):
         assert abs(z(estimate, value)) <= 4
-        assert estimate.n == 120  # groups of five
+        assert (estimate.n, estimate.over) == (600, "masks")
     if found.method == "closed form":
         assert found.explicit.value == pytest.approx(explicit, rel=1e-12)
         assert found.explicit.standard_error == 0
@@ -147,7 +148,7 @@ def test_a_loss_without_a_family_is_measured_by_masks():
 
 def test_seeds_repeat_and_fresh_calls_differ():
     def measure(**options):
-        return dl.modified_loss(network(), x, labels, nn.CrossEntropyLoss(), EPSILON, 10, **options)
+        return dl.modified_loss(network(), x, labels, nn.CrossEntropyLoss(), EPSILON, 40, **options)
 
     state = torch.get_rng_state()
     first, second = measure(), measure()
@@ -277,12 +278,9 @@ def test_intervals_cover_the_truth_at_their_level(monkeypatch, examples, sites):
     target = dict(zip(names, truth(net, x[rows], labels[rows], loss), strict=True))
     target["total"] = target["risk"] + target["explicit"] + target["implicit"]
     written = WrittenLoss({frozenset(["2"]): table}, target.pop("risk"))
-    monkeypatch.setattr(_groups, "fresh_masks", lambda source, names: (source, names))
+    monkeypatch.setattr(_gradients, "fresh_masks", lambda source, names: (source, names))
     monkeypatch.setattr(_modified, "MaskedLoss", lambda *_: written)
-    held = dict.fromkeys(target, 0)
+    covering = Covering(target)
     for seed in range(1000):
-        found = dl.modified_loss(net, x, labels, loss, EPSILON, seed=seed)
-        for name, value in target.items():
-            low, high = getattr(found, name).interval()
-            held[name] += low <= value <= high
-    assert all(930 <= count <= 970 for count in held.values()), held
+        covering.add(dl.modified_loss(net, x, labels, loss, EPSILON, seed=seed))
+    covering.assert_at_level()

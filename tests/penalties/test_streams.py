@@ -101,9 +101,9 @@ def test_a_site_that_a_batch_does_not_meet_costs_nothing_there():
     met = [{site.name for site in dl.sites(net, inputs)} for inputs, _ in batches]
     assert met == [{"many"}, {"many"}, {"few"}]
     parts = [
-        dl.decompose(net, *batch, cross_entropy, 100, seed=k) for k, batch in enumerate(batches)
+        dl.decompose(net, *batch, cross_entropy, 200, seed=k) for k, batch in enumerate(batches)
     ]
-    found = dl.decompose(net, loader(), None, cross_entropy, 100, seed=5)
+    found = dl.decompose(net, loader(), None, cross_entropy, 200, seed=5)
     for name in ("few", "many"):
         own = [(part.divisor / 5, part.by_site[name].gap) for part in parts if name in part.by_site]
         expected = sum(weight * gap.value for weight, gap in own)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from droplens.batches import Batch, checked_passes
 from droplens.calling import dense_gradients
 from droplens.dynamics._masked import MaskedLoss, check_draws, difference, fresh_masks
-from droplens.estimates import Estimate, exact
+from droplens.estimates import UPRIGHT, Estimate, exact, note_on_untold, skewed_mean, told
 from droplens.gates import masks_off
 from droplens.measure._masks import Applied
 from droplens.measure._operators import LossHessian, Vector
@@ -24,6 +24,16 @@ from droplens.randomness import private_generator
 _HELD = 1 << 24
 # Of ‖Σ‖², to see how much a ratio moves with it.
 _STEP = 1e-4
+# Standard errors, from which on numbers that divide by ‖Σ₀‖ have those of first order.
+_APART = 2
+
+ISOTROPIC = (
+    "so many draws do not tell the noise from isotropic noise, which aligns with every Hessian "
+    "alike: the null, its deviation and the excess have no standard error"
+)
+# What hangs on the shape of Σ's spectrum, and on Σ at all.
+_OF_SHAPE = ("null", "null_deviation", "excess")
+_OF_NOISE = (*_OF_SHAPE, "value", "trace_product", "trace_noise", "norm_noise")
 
 
 @dataclass(frozen=True)
@@ -47,6 +57,7 @@ class Alignment:
         draws: masks drawn, in pairs.
         seed: repeats masks and probes.
         examples: how many both matrices are of.
+        notes: what a reader of the numbers should know.
     """
 
     value: Estimate
@@ -62,6 +73,7 @@ class Alignment:
     draws: int
     seed: int
     examples: int = 0
+    notes: tuple[str, ...] = ()
 
 
 def noise_alignment(
@@ -82,8 +94,9 @@ def noise_alignment(
     and ‖Σ‖² = E(δ_aᵀδ_b)² for independent δ_a, δ_b; with random signs v, tr H = E vᵀHv and ‖H‖² =
     E‖Hv‖². The ratio's bias and error come from the jackknife over both; the draws are held in
     blocks where d · draws/2 is beyond 2²⁴, and compared within these. Positive semi-definite
-    matrices align by chance, so a null stands beside it. Isotropic noise (Σ ∝ I) has intervals
-    that are too wide (99.5% for 95%), and no deviation to count the excess in.
+    matrices align by chance, so a null stands beside it. Noise that is isotropic as far as the
+    draws tell (Σ ∝ I) aligns with any H alike: the null, its deviation and the excess have no
+    error then, and where rare masks make most of the noise no number of it has; `notes` say so.
 
     Args:
         model: any torch module that can be differentiated twice; norm layers are in eval. Calls of
@@ -140,7 +153,10 @@ def alignment_on(
         with hessian() as H:
             curvature, d = _curvature(H, probes, source), H.size
     if not float(noise.squares.max()) > 0:
-        raise ValueError("dropout puts no noise on the gradient, so there is nothing to align")
+        raise ValueError(
+            f"none of {draws} masks puts noise on the gradient, so there is nothing to align; draw "
+            "more where units are rarely dropped"
+        )
     return replace(_aligned(noise, curvature, d, draws, used_seed), examples=masked.examples)
 
 
@@ -255,9 +271,31 @@ def _aligned(noise: _Noise, curvature: _Curvature, d: int, draws: int, seed: int
     value, null, deviation, excess = _jackknifed(ratios, noise, curvature, noise.counted_twice())
     # ‖Σ‖ is skewed, and what is counted twice of it makes up for that.
     product, trace, trace_h, norm, norm_h = _jackknifed(_sizes, noise, curvature, 0.0)
-    return Alignment(
+    found = Alignment(
         value, null, deviation, excess, product, trace, trace_h, norm, norm_h, d, draws, seed
     )
+    if math.isnan(told(skewed_mean(noise.squares), UPRIGHT).standard_error):
+        unknown = _without_errors(found, _OF_NOISE)
+        return replace(unknown, notes=note_on_untold({n: getattr(unknown, n) for n in _OF_NOISE}))
+    if d > 1 and not _is_told_from_isotropic(noise, d):
+        return replace(_without_errors(found, _OF_SHAPE), notes=(ISOTROPIC,))
+    return found
+
+
+def _without_errors(found: Alignment, names: Sequence[str]) -> Alignment:
+    unknown = {name: replace(getattr(found, name), standard_error=math.nan) for name in names}
+    return replace(found, **unknown)
+
+
+def _is_told_from_isotropic(noise: _Noise, d: int) -> bool:
+    """Whether ‖Σ₀‖² = ‖Σ‖² − (tr Σ)²/d is far above the 0 of isotropic noise."""
+
+    def traceless(sigma: Tensor, h: Tensor) -> Tensor:
+        return (sigma[2] - sigma[1].square() / d)[None]
+
+    none = _Curvature(*torch.zeros(2, 1, dtype=torch.float64))
+    (found,) = _jackknifed(traceless, noise, none, 0.0)
+    return found.value > _APART * found.standard_error
 
 
 def _sizes(sigma: Tensor, h: Tensor) -> Tensor:

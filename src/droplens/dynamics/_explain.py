@@ -16,7 +16,15 @@ from droplens.discovery import Call, guarded, switched
 from droplens.discovery import sites as find_sites
 from droplens.dynamics._affine import is_affine
 from droplens.dynamics._ensembles import Ensembles, EnsembleSums, InDouble, leave_one_out_means
-from droplens.estimates import Estimate, exact, jackknife, mean_estimate
+from droplens.estimates import (
+    Estimate,
+    exact,
+    jackknife,
+    note_on_untold,
+    skewed_mean,
+    told,
+    variance_by_pairs,
+)
 from droplens.gates import draw_masks, masks_off, masks_replaced
 from droplens.losses import Family
 from droplens.losses import family as family_of
@@ -95,7 +103,7 @@ class GapExplained:
         validation, other = validated.pooled([self.validation, self.generalization])
         return replace(
             self,
-            gap=replace(parts[0], value=parts[0].value - validation.value),
+            gap=parts[0].rescaled(1, -validation.value),
             training=parts[0],
             spread=parts[1],
             shift=parts[2],
@@ -184,19 +192,22 @@ def explain_gap(
             validated.add(batch, targets)
     base, spread, shift, norm_mode, total = trained.estimates(summed, drops)
     other, error, count = validated.mean_and_error(summed)
+    ensembles = validated.ensembles.estimates(summed, drops)
+    rows = {"training": total, "spread": spread, "shift": shift, "norm_mode": norm_mode}
+    rows |= {f"ensembles.{name}": v for name, v in vars(ensembles).items() if v is not None}
     return GapExplained(
-        Estimate(total.value - other, total.standard_error, total.n),
+        total.rescaled(1, -other),
         spread,
         shift,
         norm_mode,
         Estimate(base - other, error, count, "validation examples"),
         total,
         exact(other),
-        validated.ensembles.estimates(summed, drops),
+        ensembles,
         draws,
         used_seed,
         {site.name: site.reason or "" for site in found if site.law is None},
-        _notes(live),
+        (*_notes(live), *note_on_untold(rows)),
         None if summed else trained.masses,
         None if summed else validated.ensembles.masses,
     )
@@ -272,6 +283,7 @@ class _Training:
         self.masses, self.base, self.centre = 0.0, 0.0, 0.0
         # by draw: ℓ(f_z), Σ A(f_z), Σ A at the mean without it, ℓ with norm layers in train mode
         self.rows = torch.zeros(4, draws, dtype=torch.float64)
+        self.products = torch.zeros((), dtype=torch.float64)
 
     def add(self, batch: Batch, targets: Tensor) -> None:
         """Count one batch."""
@@ -297,6 +309,7 @@ class _Training:
         ]
         mass = scorer.mass
         self.masses += mass
+        self.products = self.products + scorer.products(centre, others)
         self.base += mass * scorer.loss_at(outputs)
         self.centre += mass * scorer.partition_at(centre)
         self.rows += mass * torch.tensor(rows, dtype=torch.float64)
@@ -324,14 +337,16 @@ class _Training:
             return base, nothing, nothing, exact(added), exact(base + added)
         draws = self.draws
         others = (draws * partitions.mean() - partitions) / (draws - 1)
-        spread = jackknife(float(partitions.mean()) - centre, others - left_out)
+        by_pairs = variance_by_pairs(self.products / total, draws, 0.5)
+        plug_in = float(partitions.mean()) - centre
+        spread = jackknife(plug_in, others - left_out, by_pairs=by_pairs)
         means = (draws * losses.mean() - losses) / (draws - 1)
         shift = jackknife(
             float(losses.mean() - partitions.mean()) + centre - base,
             means - others + left_out - base,
         )
-        norm_mode = mean_estimate(live - losses) if self.live else exact(0.0)
-        return base, spread, shift, norm_mode, mean_estimate(live)
+        norm_mode = skewed_mean(live - losses) if self.live else exact(0.0)
+        return base, told(spread), told(shift), told(norm_mode), told(skewed_mean(live))
 
 
 class _Validation:

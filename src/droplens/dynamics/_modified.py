@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from droplens.dynamics._affine import is_affine
-from droplens.dynamics._groups import groups_of, mean_over_groups
+from droplens.dynamics._gradients import gradients_under
 from droplens.dynamics._masked import MaskedLoss, batches_of, check_draws, check_learning_rate
-from droplens.estimates import Estimate, exact
+from droplens.estimates import Estimate, exact, note_on_untold
 from droplens.losses import Family
 from droplens.losses import family as family_of
 from droplens.penalties import penalty
@@ -19,7 +19,7 @@ from droplens.randomness import private_generator
 
 @dataclass(frozen=True)
 class ModifiedLoss:
-    """R_S + R_1 + R_2 and its terms, in units of the loss; standard errors over groups of masks.
+    """R_S + R_1 + R_2 and its terms, in units of the loss; standard errors over masks.
 
     Args:
         risk: R_S, the loss without dropout (exact).
@@ -35,6 +35,7 @@ class ModifiedLoss:
         seed: repeats the draws.
         unmeasured: sites without a law, and why; they were off.
         examples: how many it is of.
+        notes: what a reader of the numbers should know.
     """
 
     risk: Estimate
@@ -49,6 +50,7 @@ class ModifiedLoss:
     seed: int
     unmeasured: Mapping[str, str] = field(default_factory=dict)
     examples: int = 0
+    notes: tuple[str, ...] = ()
 
 
 def modified_loss(
@@ -106,24 +108,26 @@ def modified_loss(
     lawful = masked.lawful
     idle = masked.is_idle(lawful)
     closed = None if idle else _closed_form(masked, inputs, targets, loss, source)
-    groups = groups_of(masked, lawful, 2 if idle else draws, source)
-    if closed is None:
-        explicit, dropped = mean_over_groups(groups.loss - masked.base, idle), groups.loss
-    else:
-        explicit, dropped = exact(closed), torch.full_like(groups.loss, masked.base + closed)
+    found = gradients_under(masked, lawful, draws, source)
+    gaps = found.loss - masked.base
+    dropped = gaps if closed is None else torch.full_like(gaps, closed)
+    rows = {
+        "explicit": found.mean(gaps) if closed is None else exact(closed),
+        "implicit": found.mean(epsilon / 4 * found.square),
+        "drift": found.mean_square().rescaled(epsilon / 4),
+        "diffusion": found.mean_noise().rescaled(epsilon / 4),
+        "total": found.mean(masked.base + dropped + epsilon / 4 * found.square),
+    }
     return ModifiedLoss(
         exact(masked.base),
-        explicit,
-        mean_over_groups(epsilon / 4 * groups.square, idle),
-        mean_over_groups(epsilon / 4 * groups.signal, idle),
-        mean_over_groups(epsilon / 4 * groups.noise, idle),
-        mean_over_groups(dropped + epsilon / 4 * groups.square, idle),
-        epsilon,
-        "masks" if closed is None and not idle else "closed form",
-        draws,
-        used_seed,
-        masked.unmeasured,
-        masked.examples,
+        **rows,
+        learning_rate=epsilon,
+        method="masks" if closed is None and not idle else "closed form",
+        draws=draws,
+        seed=used_seed,
+        unmeasured=masked.unmeasured,
+        examples=masked.examples,
+        notes=note_on_untold(rows),
     )
 
 

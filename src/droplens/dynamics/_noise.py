@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from droplens.dynamics._groups import groups_of, mean_over_groups
+from droplens.dynamics._gradients import gradients_under
 from droplens.dynamics._masked import MaskedLoss, batches_of, check_draws, check_sites
-from droplens.estimates import Estimate, exact
+from droplens.estimates import Estimate, exact, note_on_untold
 from droplens.randomness import private_generator
 
 
@@ -27,6 +27,7 @@ class GradientNoise:
         draws: masks drawn for each row.
         seed: repeats the draws.
         unmeasured: sites without a law, and why; they were off.
+        notes: what a reader of the numbers should know.
     """
 
     trace: Estimate
@@ -37,6 +38,7 @@ class GradientNoise:
     draws: int
     seed: int
     unmeasured: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 def gradient_noise(
@@ -52,11 +54,12 @@ def gradient_noise(
 ) -> GradientNoise:
     """Trace of the covariance that dropout gives the gradient of this batch (theory §3.3; P5).
 
-    tr Σ, Σ = Cov_z ∇R(w, z), from groups of independent masks: ½‖∇R(z′) − ∇R(z″)‖² over the pairs
-    of a group is unbiased for it and ∇R(z′)ᵀ∇R(z″) for ‖E ∇R‖². Averaging the loss over m masks a
+    tr Σ, Σ = Cov_z ∇R(w, z): ½‖∇R(z′) − ∇R(z″)‖² over pairs of independent masks is unbiased for
+    it and ∇R(z′)ᵀ∇R(z″) for ‖E ∇R‖². Every two draws are compared where their gradients fit into
+    memory (draws · d up to 2²⁵), else those in groups of five. Averaging the loss over m masks a
     step divides Σ by m (`dynamics.averaged`). The batch counts: masks are drawn per example, so Σ
-    falls as 1/n. Where a few rare masks make most of a mean (one example at p = 0.8) intervals
-    are too short.
+    falls as 1/n. Where the draws do not tell a number's error (a few rare masks make most of it,
+    as for one example at p = 0.9) it is NaN, and `notes` say so.
 
     Args:
         model: any torch module; its sites' train-mode laws count, whatever mode it is in, and
@@ -71,13 +74,13 @@ def gradient_noise(
         seed: in place of a generator.
 
     Returns:
-        Estimates with standard errors over groups of masks, the data held fixed.
+        Estimates with standard errors over masks, the data held fixed.
 
-    >>> net = nn.Sequential(nn.Dropout(0.5), nn.Linear(1, 1, bias=False))
+    >>> net = nn.Sequential(nn.Dropout(0.2), nn.Linear(1, 1, bias=False))
     >>> _ = nn.init.ones_(net[1].weight)
-    >>> loss = nn.MSELoss()  # the gradient is 8 or 0, each half of the time
+    >>> loss = nn.MSELoss()  # the gradient is 2/0.8², or 0 at every fifth mask
     >>> found = gradient_noise(net, torch.ones(1, 1), torch.zeros(1, 1), loss, 1000, seed=0)
-    >>> abs(found.trace.value - 16) < 3 * found.trace.standard_error
+    >>> abs(found.trace.value - 3.125**2 * 0.16) < 3 * found.trace.standard_error
     True
 
     Raises:
@@ -95,22 +98,25 @@ def noise_on(
 ) -> GradientNoise:
     """The noise on the gradient of all these batches together."""
     lawful = masked.lawful
-    idle = masked.is_idle(lawful)
-    joint = groups_of(masked, lawful, 2 if idle else draws, source)
-    trace = mean_over_groups(joint.noise, idle)
+    joint = gradients_under(masked, lawful, draws, source)
+    trace = joint.mean_noise()
 
     def at(name: str) -> Estimate:
         if masked.is_idle([name]):
             return exact(0.0)
-        return mean_over_groups(groups_of(masked, [name], draws, source).noise)
+        return gradients_under(masked, [name], draws, source).mean_noise()
 
+    by_site = {name: trace if lawful == [name] else at(name) for name in alone}
+    signal = joint.mean_square()
+    rows = {"trace": trace, "signal": signal}
     return GradientNoise(
         trace,
-        {name: trace if lawful == [name] else at(name) for name in alone},
-        mean_over_groups(joint.signal, idle),
+        by_site,
+        signal,
         sum(p.numel() for p in masked.parameters),
         masked.examples,
         draws,
         seed,
         masked.unmeasured,
+        note_on_untold(rows | {f"the trace at {name!r}": v for name, v in by_site.items()}),
     )

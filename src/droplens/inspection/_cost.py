@@ -19,7 +19,7 @@ from droplens.losses import family as family_of
 from droplens.penalties import (
     Decomposition,
     Penalty,
-    decompose,
+    decompose_part,
     penalty,
     pooled_by_site,
     pooled_parts,
@@ -119,7 +119,8 @@ def cost_of(subject: Subject, draws: int, generator: torch.Generator) -> Cost:
     if not summed and not total:
         raise ValueError(NO_WEIGHT)
     weights = [1.0 if summed else batch.norm / total for batch in found]
-    joint = pooled_parts(weights, [batch.parts for batch in found])
+    joint = pooled_parts(weights, [batch.parts for batch in found]).told()
+    alone_at = pooled_by_site(weights, [batch.parts.by_site for batch in found])
     sites = {
         name: SiteCost(
             alone.gap,
@@ -129,7 +130,7 @@ def cost_of(subject: Subject, draws: int, generator: torch.Generator) -> Cost:
             _average(weights, [_at(batch, batch.second_order, name) for batch in found]),
             _error(weights, [_errors(batch).get(name, 0.0) for batch in found]),
         )
-        for name, alone in pooled_by_site(weights, [b.parts.by_site for b in found]).items()
+        for name, alone in ((name, parts.told()) for name, parts in alone_at.items())
     }
     participation: dict[str, float] = {}
     for batch in reversed(found):
@@ -200,7 +201,7 @@ def _batch_cost(subject: Subject, batch: Batch, draws: int, generator: torch.Gen
     model, loss = subject.model, subject.loss
     inputs, targets = batch.inputs, targets_of(batch.targets)
     without_masks = subject.sizes.passes <= MOST_PASSES
-    parts = decompose(model, inputs, targets, loss, draws, generator=generator)
+    parts = decompose_part(model, inputs, targets, loss, draws, generator=generator)
     refused = dict.fromkeys(["spread and shift"] if parts.notes else [], "; ".join(parts.notes))
     method: Method = "second_order" if without_masks else "sampled"
     ask = partial(penalty, model, inputs, loss, targets=targets)

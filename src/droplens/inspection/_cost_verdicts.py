@@ -5,7 +5,6 @@ Where an error bar reaches the threshold the outcome is "cannot conclude", never
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 
 from droplens.discovery import Site
 from droplens.estimates import Estimate, exact
@@ -54,7 +53,7 @@ def cost_verdict(cost: Cost, unit: str, who: str = "") -> Verdict:
             f"({cost.base} without dropout, {whole:.4g} with it)."
         )
     elif outcome == "no":
-        lower = replace(gap, value=-gap.value)
+        lower = gap.rescaled(-1)
         sentence = f"Dropout{apart} lowers the loss {who}on this data by {lower} {unit}."
     else:
         sentence = (
@@ -124,7 +123,7 @@ def _named(sites: Sequence[str]) -> str:
 def split_verdict(cost: Cost, unit: str) -> Verdict:
     """How the cost splits into spread and shift."""
     shift, gap = cost.shift, cost.gap.value
-    size = replace(shift, value=abs(shift.value))
+    size = shift if shift.value >= 0 else shift.rescaled(-1)
     outcome = _against(size, 0.1 * abs(gap))
     spread_share = cost.spread.value / gap if gap else math.nan
     parts = f"spread {cost.spread}, shift {shift} {unit}"
@@ -166,7 +165,8 @@ def approximation_verdict(cost: Cost) -> Verdict:
     if spread.value <= 0:
         return _incomparable(cost, gaussian, second)
     relative = spread.standard_error * gaussian / spread.value**2
-    distance = replace(spread, value=abs(gaussian / spread.value - 1), standard_error=relative)
+    away = abs(gaussian / spread.value - 1)
+    distance = Estimate(away, relative, spread.n, spread.over)
     beyond = _against(distance, GAUSSIAN_TOLERANCE)
     answers: dict[Outcome, Outcome] = {"yes": "no", "no": "yes"}
     return Verdict(
@@ -190,7 +190,7 @@ _STANDS = "Can the penalty stand for the masks?"
 
 def _incomparable(cost: Cost, gaussian: float, second: float) -> Verdict:
     """Masks too few to see a spread: its truth is never negative."""
-    distance = replace(cost.spread, value=gaussian - cost.spread.value)
+    distance = cost.spread.rescaled(-1, gaussian)
     return Verdict(
         f"With {cost.draws} masks the spread ({cost.spread}) cannot be told from zero, so the "
         f"Gaussian value ({gaussian:.4g}) and the second-order value ({second:.4g}) "

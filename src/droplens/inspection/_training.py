@@ -169,7 +169,7 @@ def gap_verdicts(gap: GapExplained, unit: str) -> list[Verdict]:
     if low > 0:
         outcome, sentence = "yes", f"MC dropout would lower the held-out loss by {gain} {unit}"
     elif high <= 0:
-        lost = replace(gain, value=-gain.value)
+        lost = gain.rescaled(-1)
         outcome = "no"
         sentence = f"MC dropout would not lower the held-out loss: it raises it by {lost} {unit}"
     else:

@@ -5,6 +5,7 @@ from droplens.penalties._decompose import (
     Decomposition,
     Parts,
     decompose,
+    decompose_part,
     pooled_by_site,
     pooled_parts,
 )
@@ -20,6 +21,7 @@ __all__ = [
     "Penalty",
     "PenaltyCurve",
     "decompose",
+    "decompose_part",
     "equivalent_rates",
     "penalty",
     "penalty_curve",

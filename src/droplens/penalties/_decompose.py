@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +11,15 @@ from torch import Tensor, nn
 
 from droplens.calling import check_inputs, check_outputs, device_of, predictions
 from droplens.discovery import sites as find_sites
-from droplens.estimates import Estimate, exact, jackknife, mean_estimate
+from droplens.estimates import (
+    Estimate,
+    exact,
+    jackknife,
+    note_on_untold,
+    skewed_mean,
+    told,
+    variance_by_products,
+)
 from droplens.gates import draw_masks, masks_off, masks_replaced
 from droplens.losses import Family
 from droplens.losses import family as family_of
@@ -36,6 +44,10 @@ class Parts:
     gap: Estimate
     spread: Estimate
     shift: Estimate
+
+    def told(self) -> "Parts":
+        """Without the errors that the draws do not tell."""
+        return Parts(told(self.gap), told(self.spread), told(self.shift))
 
 
 @dataclass(frozen=True)
@@ -117,7 +129,8 @@ def decompose(
     spread from K draws is biased by ½ tr(H Σ_f)/K; the jackknife removes that. The gap is
     unbiased as it is, and equals spread + shift to rounding. Only sums over the draws are held;
     where the outputs under all masks take much memory, the same masks are drawn a second time.
-    Of a loss that is known by its output Hessian alone only the gap can be told.
+    Of a loss that is known by its output Hessian alone only the gap can be told. Where a few rare
+    masks make most of a number (p near 0 or 1 on few units) it has no error, and `notes` say so.
 
     Args:
         model: any torch module; its sites' train-mode laws count, whatever mode it is in.
@@ -136,6 +149,37 @@ def decompose(
     Raises:
         TypeError: if the loss is not known or the model returns no tensor.
         ValueError: for fewer than 2 draws, bad inputs or targets, or an unknown site.
+    """
+    given = (model, inputs, targets, loss, draws)
+    found = decompose_part(*given, sites=sites, generator=generator, seed=seed)
+    joint = Parts(found.gap, found.spread, found.shift).told()
+    by_site = {name: alone.told() for name, alone in found.by_site.items()}
+    rows = vars(joint) | {
+        f"{part} at {name!r}": v
+        for name, alone in by_site.items()
+        for part, v in vars(alone).items()
+    }
+    return replace(
+        found, **vars(joint), by_site=by_site, notes=(*found.notes, *note_on_untold(rows))
+    )
+
+
+def decompose_part(
+    model: nn.Module,
+    inputs: Any,
+    targets: Tensor | None,
+    loss: object,
+    draws: int,
+    *,
+    sites: Collection[str] | None = None,
+    generator: torch.Generator | None = None,
+    seed: int | None = None,
+) -> Decomposition:
+    """As `decompose`, of data that are only part of what counts: all errors are kept.
+
+    Raises:
+        TypeError: as `decompose`.
+        ValueError: as `decompose`.
     """
     if isinstance(draws, bool) or not isinstance(draws, int):
         raise TypeError(f"draws has to be an int, but got {type(draws).__name__}")
@@ -276,6 +320,11 @@ class _Scorer:
         f = self.family.natural(outputs.double())
         return float((self.weights * self.family.log_partition(f)).sum())
 
+    def at(self, outputs: Tensor) -> tuple[Tensor, Tensor]:
+        """F and ∇A(f): (n, T, C) each."""
+        f = self.family.natural(outputs.double())
+        return f, self.family.mean(f)
+
     def parts(
         self, drawn: Callable[[Callable[[Tensor], None]], None], draws: int, source: torch.Generator
     ) -> Parts:
@@ -300,9 +349,18 @@ class _Scorer:
         # The linear term −yᵀf cancels between ℓ(f̄) and the mean of ℓ(f_z), so the spread needs
         # A alone, also at the leave-one-out means.
         without: list[float] = []
+        middle, slope = self.at(centre)
+        products, last = list[float](), torch.zeros_like(slope)
 
         def leave_out(f: Tensor) -> None:
-            without.append(self.partition_at((total - f) / (draws - 1)))
+            nonlocal last
+            mean = (total - f) / (draws - 1)
+            without.append(self.partition_at(mean))
+            # Without a draw the mean moves by 1/(K − 1) of what that draw is away from it.
+            f_mean, its_slope = self.at(mean)
+            step = self.weights.unsqueeze(-1) * (f_mean - middle)
+            products.append((draws - 1) ** 2 * float((step * last).sum()))
+            last = its_slope - slope
 
         if hold:
             for f in held:
@@ -311,20 +369,31 @@ class _Scorer:
             source.set_state(start)
             drawn(leave_out)
         losses, partitions = torch.tensor(found, dtype=torch.float64).unbind(1)
-        return self._parts(losses, partitions, torch.tensor(without, dtype=torch.float64), centre)
+        left_out = torch.tensor(without, dtype=torch.float64)
+        by_pairs = variance_by_products(products[1:], draws, 0.5)
+        return self._parts(losses, partitions, left_out, centre, by_pairs)
 
     def _unsplit(self, drawn: Callable[[Callable[[Tensor], None]], None]) -> Parts:
         """The gap alone, which needs no A."""
         losses: list[float] = []
         drawn(lambda f: losses.append(self.loss_at(f)))
         unknown = Estimate(math.nan, math.nan, len(losses))
-        return Parts(mean_estimate([loss - self.base for loss in losses]), unknown, unknown)
+        gaps = torch.tensor(losses, dtype=torch.float64) - self.base
+        return Parts(skewed_mean(gaps), unknown, unknown)
 
-    def _parts(self, losses: Tensor, partitions: Tensor, left_out: Tensor, centre: Tensor) -> Parts:
+    def _parts(
+        self,
+        losses: Tensor,
+        partitions: Tensor,
+        left_out: Tensor,
+        centre: Tensor,
+        by_pairs: float,
+    ) -> Parts:
         draws = len(losses)
         others = (draws * partitions.mean() - partitions) / (draws - 1)
-        spread = jackknife(float(partitions.mean()) - self.partition_at(centre), others - left_out)
-        gap = mean_estimate(losses - self.base)
+        plug_in = float(partitions.mean()) - self.partition_at(centre)
+        spread = jackknife(plug_in, others - left_out, by_pairs=by_pairs)
+        gap = skewed_mean(losses - self.base)
         mean_losses = (draws * losses.mean() - losses) / (draws - 1)
         shift = jackknife(
             float(losses.mean() - partitions.mean()) + self.partition_at(centre) - self.base,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from droplens.batches import n_examples
 from droplens.calling import check_inputs, check_model, device_of
+from droplens.estimates import told
 from droplens.losses import POINTS, Family
 from droplens.losses import family as family_of
 from droplens.penalties._layout import joined
@@ -83,7 +84,7 @@ def penalty(  # noqa: PLR0913  # the last five are keywords with defaults
         draws: probes, for "sampled": one backward pass each, one if not given; with one, the
             standard error is an upper bound, and of fewer than 16 examples NaN. Masks, for "masks":
             one forward pass each; if not given 16, and of fewer than 13 examples as many as make
-            200 masks of an example.
+            200 masks of an example. Where a few rare masks make most of it the error is NaN.
         generator: where probes or masks come from; a private one seeded by the system if not
             given.
         seed: in place of a generator.
@@ -138,7 +139,9 @@ class _Asked:
     draws: int | None
 
     def told(self, found: Penalty) -> Penalty:
-        """Without the errors that a single probe does not tell."""
+        """Without the errors that a single probe, or a few rare masks, do not tell."""
+        if self.method == "masks":
+            return replace(found, standard_error=told(found.sampled()).standard_error)
         if self.method != "sampled" or (self.draws or 1) > 1 or found.example_errors is None:
             return found
         each = found.example_errors
@@ -190,6 +193,7 @@ class _Asked:
                         network.divisor,
                         site_errors,
                         errors,
+                        draws=(self.draws or 1) if source is not None else 0,
                     )
                 )
         return parts[0] if len(parts) == 1 else together(parts)
@@ -213,11 +217,13 @@ class _Asked:
                 found.per_example,
                 self.method,
                 _ORDER[self.method],
-                standard_error=found.standard_error,
+                standard_error=found.total.standard_error,
                 seed=seed,
                 unmeasured=found.unmeasured,
                 divisor=found.divisor,
                 example_errors=found.errors,
+                variance_slope=found.total.variance_slope,
+                draws=draws.count,
             )
 
     @property

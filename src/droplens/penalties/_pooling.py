@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from droplens.batches import Batches, as_batches
 from droplens.calling import check_model
-from droplens.estimates import Estimate
+from droplens.estimates import Estimate, cumulants, from_cumulants
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -79,10 +79,10 @@ def merged(reasons: Iterable[Mapping[str, str]]) -> dict[str, str]:
 
 
 def pooled(weights: Sequence[float], values: Sequence[Estimate]) -> Estimate:
-    """Σ w v of independent estimates."""
-    error = weighted([w**2 for w in weights], [v.standard_error**2 for v in values]) ** 0.5
-    value = weighted(weights, [v.value for v in values])
-    return Estimate(value, error, values[0].n, values[0].over)
+    """Σ w v of independent estimates; a part of no weight has no value."""
+    parts = [cumulants(v, w) for w, v in zip(weights, values, strict=True) if w]
+    sums = zip(*parts, strict=True) if parts else [[0.0]] * 3
+    return from_cumulants([sum(column) for column in sums], values[0])
 
 
 class Group:
@@ -151,9 +151,6 @@ class Group:
 
     def pooled(self, values: Sequence[Estimate]) -> list[Estimate]:
         """Independent estimates of all processes, weighed by their share."""
-        sums = self.summed([self.share * v.value for v in values])
-        squares = self.summed([(self.share * v.standard_error) ** 2 for v in values])
-        return [
-            Estimate(value, square**0.5, v.n, v.over)
-            for value, square, v in zip(sums, squares, values, strict=True)
-        ]
+        parts = [cumulants(v, self.share) for v in values]
+        sums = [self.summed(part) for part in zip(*parts, strict=True)]
+        return [from_cumulants(row, v) for *row, v in zip(*sums, values, strict=True)]

@@ -1,6 +1,5 @@
 """A penalty as a result: what it tells, and how parts of the data and processes add up."""
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -9,7 +8,8 @@ from typing import TYPE_CHECKING, final
 import torch
 from torch import Tensor
 
-from droplens.penalties._pooling import Group, by_name, merged, shares, weighted
+from droplens.estimates import Estimate, cumulants, from_cumulants
+from droplens.penalties._pooling import Group, by_name, merged, pooled, shares, weighted
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -30,14 +30,17 @@ class Penalty:
         participation: by site, how many equal coins would make the output noise of an example;
             for the Gaussian value, which leans on many.
         standard_error: of the total over probes, for "sampled", or masks, for "masks"; else 0. Of a
-            single probe an upper bound, which takes 16 examples; of fewer NaN.
+            single probe an upper bound, which takes 16 examples; of fewer NaN. Of masks NaN where
+            a few rare ones make most of it.
         seed: repeats the probes or masks; None if none were drawn.
         notes: what a reader of the number should know.
         unmeasured: sites that are not counted (no law, or a mask that mixes examples), and why.
         divisor: what the loss's mean divides by; None for a sum.
         site_errors: standard errors of `by_site`; empty where nothing was sampled.
         example_errors: those of `per_example`, (n); None where nothing was sampled, NaN of a single
-            probe.
+            probe and of fewer than 100 masks.
+        variance_slope: of the total over masks, as `Estimate` has it; else 0.
+        draws: how many probes or masks were drawn of a batch; 0 if none.
     """
 
     total: Tensor
@@ -53,9 +56,21 @@ class Penalty:
     divisor: float | None = None
     site_errors: Mapping[str, float] = field(default_factory=dict)
     example_errors: Tensor | None = None
+    variance_slope: float = 0.0
+    draws: int = 0
 
     def __float__(self) -> float:
         return float(self.total.detach())
+
+    def sampled(self) -> Estimate:
+        """The total as a sampled number."""
+        return Estimate(
+            float(self),
+            self.standard_error,
+            max(1, self.draws),
+            "masks" if self.method == "masks" else "probes",
+            self.variance_slope,
+        )
 
     def all_reduce(self, group: "ProcessGroup | None" = None) -> "Penalty":
         """The penalty over the data of all processes, the same on each, without a graph.
@@ -79,9 +94,10 @@ class Penalty:
             [float(value.detach()) * share for value in mine]
             + [share * self.participation[name] for name in counts]
             + [(share * error) ** 2 for error in self.site_errors.values()]
-            + [(share * self.standard_error) ** 2, share]
+            + [*cumulants(self.sampled(), share)[1:], share]
         )
-        squares = packed[len(mine) + len(counts) : -2]
+        squares = packed[len(mine) + len(counts) : -3]
+        joint = from_cumulants((packed[0], *packed[-3:-1]), self.sampled())
         total, *sites = (self.total.new_tensor(value) for value in packed[: len(mine)])
         return replace(
             self,
@@ -91,7 +107,8 @@ class Penalty:
             participation={
                 name: packed[len(mine) + k] / packed[-1] for k, name in enumerate(counts)
             },
-            standard_error=packed[-2] ** 0.5,
+            standard_error=joint.standard_error,
+            variance_slope=joint.variance_slope,
             divisor=processes.divisor,
             site_errors={n: s**0.5 for n, s in zip(self.site_errors, squares, strict=True)},
             example_errors=None if self.example_errors is None else share * self.example_errors,
@@ -145,15 +162,15 @@ def pooled_penalty(found: Sequence[Penalty]) -> Penalty:
     divisors = [part.divisor for part in found if part.divisor is not None]
     counted = [w / sum(weights) for w in weights]
     squares = [{name: e**2 for name, e in part.site_errors.items()} for part in found]
+    joint = pooled(weights, [part.sampled() for part in found])
     return replace(
         found[0],
         total=weighted(weights, [part.total for part in found]),
         by_site=by_name(weights, [part.by_site for part in found]),
         per_example=torch.cat([w * p.per_example for w, p in zip(weights, found, strict=True)]),
         participation=by_name(counted, [part.participation for part in found]),
-        standard_error=math.hypot(
-            *(w * part.standard_error for w, part in zip(weights, found, strict=True))
-        ),
+        standard_error=joint.standard_error,
+        variance_slope=joint.variance_slope,
         notes=tuple(dict.fromkeys(note for part in found for note in part.notes)),
         unmeasured=merged(part.unmeasured for part in found),
         divisor=sum(divisors) if divisors else None,

@@ -66,6 +66,12 @@ def _shown(estimates: Sequence[Estimate]) -> Estimate | float:
     return estimates[0] if len(estimates) == 1 else over([e.value for e in estimates])
 
 
+def _noted(sets: Mapping[str, Sequence[Any]]) -> str:
+    """What the numbers of all networks say of themselves, once each, as sentences."""
+    notes = dict.fromkeys(note for found in sets.values() for one in found for note in one.notes)
+    return " ".join(f"{note[:1].upper()}{note[1:]}." for note in notes)
+
+
 def _gap(sets: Mapping[str, Sequence[GapExplained]], unit: str) -> Section:
     parts: dict[str, Callable[[GapExplained], Estimate]] = {
         "spread": lambda g: g.spread,
@@ -88,7 +94,7 @@ def _gap(sets: Mapping[str, Sequence[GapExplained]], unit: str) -> Section:
             [Column("set"), *(Column(head, unit) for head in heads)],
             rows,
             "Why the training loss is not the held-out loss",
-            " ".join(dict.fromkeys(n for found in sets.values() for g in found for n in g.notes)),
+            _noted(sets),
         ),
         _ensembles(sets, unit),
         bars(
@@ -163,7 +169,7 @@ def _noise(sets: Mapping[str, Sequence[GradientNoise]], unit: str) -> Section:
         rows,
         "Dropout's noise on the gradient",
         f"Of the gradient of {examples} examples together; it falls as one over their number. Each "
-        "site alone, and all of them.",
+        f"site alone, and all of them. {_noted(sets)}",
     )
     return Section("How noisy does dropout make the gradient?", _NOISE_TEXT, [table])
 
@@ -189,7 +195,7 @@ def _aligned(sets: Mapping[str, Sequence[Alignment]], unit: str) -> Section:
         Column("trace of the noise", f"({unit} per weight)²"),
     ]
     examples = next(iter(sets.values()))[0].examples
-    note = f"Both of {examples} examples together; errors are over masks and probes."
+    note = f"Both of {examples} examples together; errors are over masks and probes. {_noted(sets)}"
     table = Table(columns, rows, "Alignment of noise and curvature", note)
     return Section("Does the noise lie along the curvature?", _ALIGNED_TEXT, [table])
 
@@ -212,7 +218,8 @@ def _modified(sets: Mapping[str, Sequence[ModifiedLoss]], unit: str) -> Section:
         [Column("set"), *(Column(part, unit) for part in parts)],
         rows,
         f"The modified loss at step size ε = {first.learning_rate:g}",
-        f"Of {first.examples} examples as one batch. R_2 and its parts are proportional to ε.",
+        f"Of {first.examples} examples as one batch. R_2 and its parts are proportional to ε. "
+        f"{_noted(sets)}",
     )
     return Section("What does training with dropout descend?", _MODIFIED_TEXT, [table])
 

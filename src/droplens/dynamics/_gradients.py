@@ -1,0 +1,147 @@
+"""Gradients under masks: mean and covariance, both without bias, from the same draws."""
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from droplens.dynamics._masked import MaskedLoss, fresh_masks, squared_norm
+from droplens.estimates import (
+    Estimate,
+    exact,
+    skewed_mean,
+    square_estimate,
+    told,
+    variance_by_pairs,
+    without_pairs,
+)
+
+# Numbers of gradient held at once, to compare every two draws: 128 MB of single precision.
+_HELD: Final = 1 << 25
+# Where more would be, draws are compared in groups: larger ones tell a small mean from the noise
+# better, and are fewer and more skewed.
+_SIZES: Final = (5, 4, 3, 2)
+_FEWEST: Final = 10
+# Of a gradient's numbers, turned into doubles at once.
+_COLUMNS: Final = 1 << 16
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Of R(z) and g = ∇R(z) over draws of masks z; float64, an entry a draw or a group of draws.
+
+    Args:
+        loss: R.
+        square: ‖g‖².
+        signal: unbiased for ‖E g‖²: the mean of gᵀg′ over the pairs of a group, or where all draws
+            are one group the jackknife's pseudo-values of it.
+        plug_in: ‖ḡ‖² of all draws; 0 in groups.
+        by_pairs: the variance of ‖ḡ − E g‖²; 0 in groups.
+        over: what an entry is.
+        idle: whether no mask drops anything, so that every number is exact.
+    """
+
+    loss: Tensor
+    square: Tensor
+    signal: Tensor
+    plug_in: float
+    by_pairs: float
+    over: str
+    idle: bool = False
+
+    @property
+    def noise(self) -> Tensor:
+        """‖g‖² − ‖E g‖², unbiased for tr Cov g."""
+        return self.square - self.signal
+
+    def mean(self, values: Tensor) -> Estimate:
+        """The mean of numbers that the draws gave."""
+        if self.idle:
+            return exact(float(values.mean()))
+        return told(skewed_mean(values, self.over))
+
+    def mean_noise(self) -> Estimate:
+        """Tr Cov g; without an error where all draws lie nearly as far from their mean."""
+        return without_pairs(self.mean(self.noise), self.by_pairs)
+
+    def mean_square(self) -> Estimate:
+        """‖E g‖²; without an error where that of E‖g‖², which rare masks move more, is not told."""
+        if self.plug_in:
+            found = square_estimate(self.signal, self.plug_in, self.by_pairs, self.over)
+        else:
+            found = self.mean(self.signal)
+        unknown = math.isnan(self.mean(self.square).standard_error)
+        return replace(found, standard_error=math.nan) if unknown else found
+
+
+def gradients_under(
+    masked: MaskedLoss, names: Collection[str], draws: int, source: torch.Generator
+) -> Gradients:
+    """Draw `draws` masks at `names`; where their gradients fit into memory every two are compared.
+
+    Else two gradients are in memory, and draws are compared in groups of up to five.
+    """
+    idle = masked.is_idle(names)
+    size = sum(p.numel() for p in masked.parameters)
+    with torch.enable_grad(), masked.under(fresh_masks(source, names)):
+        if idle or draws * size > _HELD:
+            return _in_groups(masked, 2 if idle else draws, idle)
+        return _together(masked, draws)
+
+
+def _together(masked: MaskedLoss, draws: int) -> Gradients:
+    """All draws as one group.
+
+    U = Σ_{a≠b} g_aᵀg_b/(K(K − 1)); without draw k it is that of the others.
+    """
+    losses, rows = [], []
+    for _ in range(draws):
+        value, gradient = masked.gradient()
+        losses.append(value)
+        rows.append(torch.cat([part.detach().flatten() for part in gradient]))
+    products = _gram(torch.stack(rows))
+    square = products.diagonal().clone()
+    sums = products.sum(1) - square  # (K), of the products with all others
+    signal = sums.sum() / (draws * (draws - 1))
+    others = (sums.sum() - 2 * sums) / ((draws - 1) * (draws - 2))
+    plug_in = float(products.mean())
+    return Gradients(
+        torch.tensor(losses, dtype=torch.float64),
+        square,
+        draws * signal - (draws - 1) * others,
+        plug_in,
+        variance_by_pairs(products, draws),
+        "masks",
+    )
+
+
+def _gram(rows: Tensor) -> Tensor:
+    """All inner products of rows (K, d), in double precision on the CPU: (K, K)."""
+    parts = (part.double() for part in rows.split(_COLUMNS, 1))
+    return torch.stack([part @ part.mT for part in parts]).sum(0).cpu()
+
+
+def _in_groups(masked: MaskedLoss, draws: int, idle: bool) -> Gradients:
+    size = next(b for b in _SIZES if b == 2 or (draws % b == 0 and draws >= b * _FEWEST))
+    found = [_group(masked, size) for _ in range(draws // size)]
+    loss, square, noise = torch.tensor(found, dtype=torch.float64).T
+    return Gradients(loss, square, square - noise, 0.0, 0.0, "groups of masks", idle)
+
+
+def _group(masked: MaskedLoss, size: int) -> tuple[float, float, float]:
+    """Mean loss, mean square and noise, the mean gradient updated draw by draw (Welford 1962)."""
+    loss, square, spread = 0.0, 0.0, 0.0
+    mean: list[Tensor] = []
+    for k in range(1, size + 1):
+        value, gradient = masked.gradient()
+        loss += value / size
+        square += squared_norm(gradient) / size
+        mean = mean or [torch.zeros_like(g) for g in gradient]
+        for i, g in enumerate(gradient):
+            step = g - mean[i]
+            mean[i] += step / k
+            spread += (1 - 1 / k) * squared_norm((step,))
+    return loss, square, spread / (size - 1)
