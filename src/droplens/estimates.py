@@ -26,8 +26,8 @@ class Estimate:
     `standard_error` is over what `over` names (masks, directions, labels, seeds), with the data
     held fixed; an exact number carries 0. `n` counts the independent draws behind it. Where draws
     are skewed, values above and below the truth come with different errors: `variance_slope` is by
-    how much the squared error grows with the true value (its third cumulant over its variance),
-    and the interval leans to the side of the long tail.
+    how much the squared error grows with the true value, and the interval leans to the side of
+    the long tail.
 
     >>> cost = Estimate(0.279, 0.0016, 300)
     >>> float(cost)

@@ -216,7 +216,7 @@ def written_draws(monkeypatch, draws):
 def test_a_group_gives_what_all_its_pairs_give(monkeypatch, draws):
     """Where memory is short: equal groups of 2 to 5 draws, every pair within them in the mean."""
     rows, written = written_draws(monkeypatch, draws)
-    monkeypatch.setattr(_gradients, "_HELD", -1)
+    monkeypatch.setattr(_gradients, "_HELD", 0)
     found = _gradients.gradients_under(written, "a", draws, None)
     size = draws // len(found.loss)
     assert size == {4: 2, 12: 2, 40: 4, 50: 5, 60: 5}[draws]
@@ -249,6 +249,36 @@ def test_all_draws_together_give_the_jackknife_of_all_pairs(monkeypatch, draws):
     assert found.plug_in == pytest.approx(float(rows.mean(0).square().sum()), rel=1e-12)
     assert found.mean(found.noise).value == pytest.approx(float(rows.var(0).sum()), rel=1e-12)
     assert found.loss.tolist() == list(range(draws))
+
+
+def test_blocks_of_draws_are_measured_alike_and_put_together(monkeypatch):
+    """15 draws in blocks of at most 7: three of 5, each as if alone."""
+    rows, written = written_draws(monkeypatch, 15)
+    monkeypatch.setattr(_gradients, "_BLOCK", 7)
+    found = _gradients.gradients_under(written, "a", 15, None)
+    signals, squares = [], []
+    for block in rows.split(5):
+        products = block @ block.mT
+        signals.append(float(products.sum() - products.trace()) / 20)
+        squares.append(float(block.mean(0).square().sum()))
+    for k, signal in enumerate(signals):
+        own = found.signal[5 * k : 5 * k + 5]
+        assert float(own.mean()) == pytest.approx(signal, rel=1e-10)
+    assert found.plug_in == pytest.approx(sum(squares) / 3)
+    torch.testing.assert_close(found.noise, found.square - found.signal)
+    assert found.mean_square().value == pytest.approx(sum(signals) / 3)
+    assert found.mean_square().n == 15
+
+
+def test_gradients_that_no_mask_moves_have_no_noise():
+    """Units that are zero whatever the mask: exactly, though the products of gradients round."""
+    net = network(activation=nn.ReLU).float()
+    with torch.no_grad():
+        net[0].bias.fill_(-100.0)
+    found = dl.gradient_noise(net, x.float(), labels, loss, 40, seed=0)
+    assert (found.trace.value, found.trace.standard_error) == (0, 0)
+    assert found.signal.value > 0
+    assert found.notes == ()
 
 
 @pytest.mark.slow

@@ -21,7 +21,10 @@ from droplens.estimates import (
 
 # Numbers of gradient held at once, to compare every two draws: 128 MB of single precision.
 _HELD: Final = 1 << 25
-# Where more would be, draws are compared in groups: larger ones tell a small mean from the noise
+# Draws that are compared with one another, and the fewest for which it pays to hold them.
+_BLOCK: Final = 1024
+_LEAST: Final = 6
+# Where fewer fit, draws are compared in groups: larger ones tell a small mean from the noise
 # better, and are fewer and more skewed.
 _SIZES: Final = (5, 4, 3, 2)
 _FEWEST: Final = 10
@@ -36,10 +39,11 @@ class Gradients:
     Args:
         loss: R.
         square: ‖g‖².
-        signal: unbiased for ‖E g‖²: the mean of gᵀg′ over the pairs of a group, or where all draws
-            are one group the jackknife's pseudo-values of it.
-        plug_in: ‖ḡ‖² of all draws; 0 in groups.
-        by_pairs: the variance of ‖ḡ − E g‖²; 0 in groups.
+        signal: unbiased for ‖E g‖²: the mean of gᵀg′ over the pairs of a group, or where every two
+            draws (of a block) are compared the jackknife's pseudo-values of it.
+        noise: `square` − `signal`, unbiased for tr Cov g.
+        plug_in: ‖ḡ‖² of all draws (of a block); 0 in groups.
+        by_pairs: what the signal's variance has from ‖ḡ − E g‖²; 0 in groups.
         over: what an entry is.
         idle: whether no mask drops anything, so that every number is exact.
     """
@@ -47,15 +51,11 @@ class Gradients:
     loss: Tensor
     square: Tensor
     signal: Tensor
+    noise: Tensor
     plug_in: float
     by_pairs: float
     over: str
     idle: bool = False
-
-    @property
-    def noise(self) -> Tensor:
-        """‖g‖² − ‖E g‖², unbiased for tr Cov g."""
-        return self.square - self.signal
 
     def mean(self, values: Tensor) -> Estimate:
         """The mean of numbers that the draws gave."""
@@ -82,53 +82,76 @@ def gradients_under(
 ) -> Gradients:
     """Draw `draws` masks at `names`; where their gradients fit into memory every two are compared.
 
-    Else two gradients are in memory, and draws are compared in groups of up to five.
+    Or every two of a block. Where that would be of fewer than six, two gradients are in memory, and
+    draws are compared in groups of up to five.
     """
     idle = masked.is_idle(names)
-    size = sum(p.numel() for p in masked.parameters)
+    held = min(_BLOCK, _HELD // max(1, sum(p.numel() for p in masked.parameters)))
     with torch.enable_grad(), masked.under(fresh_masks(source, names)):
-        if idle or draws * size > _HELD:
+        if idle or held < min(draws, _LEAST):
             return _in_groups(masked, 2 if idle else draws, idle)
-        return _together(masked, draws)
+        count = math.ceil(draws / held)
+        sizes = [len(block) for block in torch.arange(draws).tensor_split(count)]
+        blocks = [_together(masked, size) for size in sizes]
+    return Gradients(
+        torch.cat([block.loss for block in blocks]),
+        torch.cat([block.square for block in blocks]),
+        torch.cat([block.signal for block in blocks]),
+        torch.cat([block.noise for block in blocks]),
+        math.fsum(block.plug_in for block in blocks) / count,
+        math.fsum(block.by_pairs for block in blocks) / count**2,
+        "masks",
+    )
 
 
 def _together(masked: MaskedLoss, draws: int) -> Gradients:
-    """All draws as one group.
-
-    U = Σ_{a≠b} g_aᵀg_b/(K(K − 1)); without draw k it is that of the others.
-    """
+    """A block of draws; their noise from distances, so that where there is none it is 0."""
     losses, rows = [], []
     for _ in range(draws):
         value, gradient = masked.gradient()
         losses.append(value)
         rows.append(torch.cat([part.detach().flatten() for part in gradient]))
-    products = _gram(torch.stack(rows))
-    square = products.diagonal().clone()
-    sums = products.sum(1) - square  # (K), of the products with all others
-    signal = sums.sum() / (draws * (draws - 1))
-    others = (sums.sum() - 2 * sums) / ((draws - 1) * (draws - 2))
-    plug_in = float(products.mean())
+    steps, along, square = _products(torch.stack(rows))
+    products = steps + along + along[:, None] + square
+    squares = products.diagonal()
     return Gradients(
         torch.tensor(losses, dtype=torch.float64),
-        square,
-        draws * signal - (draws - 1) * others,
-        plug_in,
-        variance_by_pairs(products, draws),
+        squares,
+        _of_all_pairs(products),
+        steps.diagonal() - _of_all_pairs(steps),
+        float(products.mean()),
+        variance_by_pairs(steps, draws),
         "masks",
     )
 
 
-def _gram(rows: Tensor) -> Tensor:
-    """All inner products of rows (K, d), in double precision on the CPU: (K, K)."""
-    parts = (part.double() for part in rows.split(_COLUMNS, 1))
-    return torch.stack([part @ part.mT for part in parts]).sum(0).cpu()
+def _products(rows: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Of rows (K, d): sᵀs′ (K, K) and sᵀr (K) of their steps s from the first, r, and ‖r‖²."""
+    steps, along, square = 0.0, 0.0, 0.0
+    for part in rows.split(_COLUMNS, 1):
+        first = part[0].double()
+        s = part.double() - first
+        steps, along, square = steps + s @ s.mT, along + s @ first, square + first @ first
+    return torch.as_tensor(steps).cpu(), torch.as_tensor(along).cpu(), float(square)
+
+
+def _of_all_pairs(products: Tensor) -> Tensor:
+    """Pseudo-values (K) of the mean product of two different draws.
+
+    U = Σ_{a≠b} g_aᵀg_b/(K(K − 1)); without draw k it is that of the others.
+    """
+    draws = len(products)
+    sums = products.sum(1) - products.diagonal()  # (K), of the products with all others
+    whole = sums.sum() / (draws * (draws - 1))
+    others = (sums.sum() - 2 * sums) / ((draws - 1) * (draws - 2))
+    return draws * whole - (draws - 1) * others
 
 
 def _in_groups(masked: MaskedLoss, draws: int, idle: bool) -> Gradients:
     size = next(b for b in _SIZES if b == 2 or (draws % b == 0 and draws >= b * _FEWEST))
     found = [_group(masked, size) for _ in range(draws // size)]
     loss, square, noise = torch.tensor(found, dtype=torch.float64).T
-    return Gradients(loss, square, square - noise, 0.0, 0.0, "groups of masks", idle)
+    return Gradients(loss, square, square - noise, noise, 0.0, 0.0, "groups of masks", idle)
 
 
 def _group(masked: MaskedLoss, size: int) -> tuple[float, float, float]:
