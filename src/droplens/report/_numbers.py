@@ -28,6 +28,8 @@ def format_cell(cell: Cell) -> str:
 
     >>> format_cell(Estimate(-0.279, 0.0016, 300)), format_cell(None), format_cell(True)
     ('−0.2790 ± 0.0016', '–', 'yes')
+    >>> format_cell(Estimate(0.2339, float("nan"), 64))
+    '0.2339 ± ?'
     """
     if cell is None:
         return "–"
@@ -52,6 +54,8 @@ def format_parts(estimate: Estimate) -> tuple[str, str]:
 
 def _format_estimate(estimate: Estimate) -> str:
     value, error, power = _rounded(estimate)
+    if error == "undefined" and estimate.n > 1 and math.isfinite(estimate.value):
+        return f"{value} ± ?"  # sampled, by too few draws to tell how well
     if error in {"0", "undefined"}:
         return value + power
     return f"({value} ± {error}){power}" if power else f"{value} ± {error}"
