@@ -13,7 +13,8 @@ from torch import Tensor
 _LEANING: Final = 10**-0.5
 # Of those that do not: n ≥ 16 γ² (25 γ² in Cochran 1977, Sampling techniques, §2.15).
 UPRIGHT: Final = 1 / 4
-# By how much a variance has to outweigh its part by pairs, which of normal draws is 1/n of it.
+# By how much a variance has to outweigh its part by pairs, which of n normal draws is 1/n of it:
+# fewer than 200 draws need less, n/40.
 _PAIRS: Final = 5.0
 # Standard deviations of a normal sample's own skewness, √(6/n).
 _NORMAL: Final = 4.0
@@ -304,7 +305,7 @@ def jackknife(
 
 def without_pairs(found: Estimate, by_pairs: float) -> Estimate:
     """The same without an error where pairs make up too much of its square, as in `jackknife`."""
-    if found.standard_error**2 >= min(_PAIRS, found.n / 4) * by_pairs:
+    if found.standard_error**2 >= min(_PAIRS, found.n / 40) * by_pairs:
         return found
     return replace(found, standard_error=math.nan, variance_slope=0.0)
 

@@ -1,13 +1,17 @@
 """The spread by a few masks: unbiased, never negative, differentiable, with an honest error."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 import droplens as dl
 from droplens.estimates import Estimate
 from droplens.losses import family
 from droplens.penalties._masks import pseudo_values
+from tests.covering import Covering
 from tests.penalties.test_decompose import truth
 from tests.penalties.test_penalty import cross_entropy, deep_network, labels, randn, tail_network, x
 
@@ -92,19 +96,50 @@ def test_sites_seeds_targets_and_the_rest():
     assert float(by_masks(net, loss, targets=labels)) > 0
 
 
+def test_errors_of_examples_take_a_hundred_masks():
+    net, rows = deep_network(0.3), randn(16, x.shape[1])
+    with torch.no_grad():
+        few, many = (
+            dl.penalty(net, rows, cross_entropy, "masks", draws=draws, seed=0)
+            for draws in (99, 100)
+        )
+    assert bool(few.example_errors.isnan().all())
+    assert few.standard_error > 0
+    assert bool((many.example_errors > 0).all())
+    assert (few.draws, many.draws) == (99, 100)
+
+
+def test_rare_masks_take_the_error_and_many_batches_give_it_back():
+    """A unit of four dropped once in 100 passes; 100 examples see it often, one by one or not."""
+    net = deep_network(0.01)
+    rows = randn(60, x.shape[1])
+    with torch.no_grad():
+        one = dl.penalty(net, rows[:1], cross_entropy, "masks", draws=60, seed=0)
+        loader = DataLoader(rows, batch_size=1)
+        found = dl.penalty(net, loader, cross_entropy, "masks", draws=60, seed=0)
+    assert math.isnan(one.standard_error)
+    assert found.standard_error > 0
+    low, high = found.sampled().interval()
+    assert low < float(found) < high
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("n", [1, 2, 5])
 def test_intervals_cover_the_truth_at_their_level(n):
     """1,000 repeats of the default's masks: the interval holds the enumerated spread in 93–97%."""
     net = deep_network(0.3)
-    expected = truth(net, 0.3, examples=n)[1]
-    held, draws = 0, 200 // n
+    expected, first = (truth(net, 0.3, examples=k)[1] for k in (n, 1))
+    covering, by_example = Covering({"total": expected}), Covering({"first": first / n})
     for seed in range(1000):
         with torch.no_grad():
             found = dl.penalty(net, x[:n], cross_entropy, "masks", seed=seed)
-        low, high = Estimate(float(found), found.standard_error, draws).interval()
-        held += low <= expected <= high
-    assert 930 <= held <= 970, held
+        assert found.draws == 200 // n
+        own = Estimate(float(found.per_example[0]), float(found.example_errors[0]), found.draws)
+        covering.add({"total": found.sampled()})
+        by_example.add({"first": own})
+    covering.assert_at_level()
+    if n < 3:
+        by_example.assert_at_level()
 
 
 def test_few_examples_have_more_masks():

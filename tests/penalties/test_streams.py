@@ -164,6 +164,8 @@ for name, loss in LOSSES.items():
         found[name, method] = [float(whole), *map(float, whole.by_site.values())]
     drawn = dl.penalty(net, x[mine], loss, "sampled", draws=4, seed=rank, **here).all_reduce()
     found[name, "sampled"] = [float(drawn), drawn.standard_error, *drawn.site_errors.values()]
+    drawn = dl.penalty(net, x[mine], loss, "masks", draws=40, seed=rank, **here).all_reduce()
+    found[name, "masks"] = [float(drawn), drawn.standard_error, drawn.variance_slope]
     curve = dl.penalty_curve(net, x[mine], loss, [0.1, 0.5], **here).all_reduce(dist.group.WORLD)
     found[name, "curve"] = [*curve.total.tolist(), *curve.by_site["5"].tolist()]
     parts = dl.decompose(net, x[mine], labels[mine], loss, 60, seed=rank, sites=["2"]).all_reduce()
@@ -199,14 +201,20 @@ def test_two_processes_hold_the_whole(tmp_path):
             whole = dl.penalty(net, x, loss, method, targets=labels)
             expected = [float(whole), *(float(v.detach()) for v in whole.by_site.values())]
             assert first[f"{name} {method}"] == pytest.approx(expected, rel=1e-10)
-        drawn = pooled_penalty(
-            [
-                dl.penalty(net, x[k], loss, "sampled", targets=labels[k], draws=4, seed=rank)
-                for rank, k in enumerate((slice(0, 2), slice(2, 5)))
-            ]
+        drawn, by_masks = (
+            pooled_penalty(
+                [
+                    dl.penalty(net, x[k], loss, method, targets=labels[k], draws=draws, seed=rank)
+                    for rank, k in enumerate((slice(0, 2), slice(2, 5)))
+                ]
+            )
+            for method, draws in (("sampled", 4), ("masks", 40))
         )
         expected = [float(drawn), drawn.standard_error, *drawn.site_errors.values()]
         assert first[f"{name} sampled"] == pytest.approx(expected, rel=1e-10)
+        expected = [float(by_masks), by_masks.standard_error, by_masks.variance_slope]
+        assert first[f"{name} masks"] == pytest.approx(expected, rel=1e-10)
+        assert by_masks.variance_slope != 0
         curve = dl.penalty_curve(net, x, loss, [0.1, 0.5], targets=labels)
         expected = [*curve.total.tolist(), *curve.by_site["5"].tolist()]
         assert first[f"{name} curve"] == pytest.approx(expected, rel=1e-10)

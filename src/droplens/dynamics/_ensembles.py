@@ -20,6 +20,7 @@ from droplens.losses import Binary, Categorical, Family, Poisson, Squared
 from droplens.measure._risk import Loss
 from droplens.penalties._pooling import Group
 
+# Draws of which every two are compared.
 _PAIRED: Final = 512
 
 
@@ -187,10 +188,8 @@ class EnsembleSums:
         def mean(row: int, known: bool) -> tuple[Estimate, Estimate]:
             if known:
                 return scaled, exact(0.0)
-            (loss, divergence), others = (
-                (self.whole[row] / total).tolist(),
-                self.others[row] / total,
-            )
+            loss, divergence = (self.whole[row] / total).tolist()
+            others = self.others[row] / total
             pseudo_values = self.draws * divergence - (self.draws - 1) * others[1]
             by_pairs = variance_by_pairs(self.products[row] / total, self.draws, 0.5)
             square = square_estimate(pseudo_values, divergence, by_pairs)

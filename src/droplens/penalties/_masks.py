@@ -66,7 +66,7 @@ def drawn_spread(
     count = len(each)
     total = exact(float(each.sum()))
     if count > 1:
-        by_pairs = variance_by_products(_products(family, weights, f.detach()), count, 0.5)
+        by_pairs = variance_by_products(_products(family, weights, f.detach().double()), count, 0.5)
         total = without_pairs(skewed_mean(each.sum(1)), by_pairs)
     errors = each.std(0) / count**0.5 if count > 1 else torch.zeros_like(each[0])
     if count < _MANY_MASKS:
@@ -83,7 +83,7 @@ def _products(family: Family, weights: Tensor, f: Tensor) -> Tensor:
     steps = (f - centre) / (len(f) - 1)
     slope = family.mean(centre)
     moved = torch.stack([family.mean(centre + step) - slope for step in steps[1:]])
-    products = (weights.unsqueeze(-1) * steps[:-1] * moved).flatten(1).double().sum(1)
+    products = (weights.unsqueeze(-1) * steps[:-1] * moved).flatten(1).sum(1)
     return products * (len(f) - 1) ** 2
 
 
