@@ -270,6 +270,15 @@ def test_blocks_of_draws_are_measured_alike_and_put_together(monkeypatch):
     assert found.mean_square().n == 15
 
 
+def test_a_trace_has_its_error_however_small_the_blocks_are(monkeypatch):
+    """Masks as in `network`: blocks of six lose no error that all pairs have."""
+    for held in (200, 50, 6):
+        monkeypatch.setattr(_gradients, "_BLOCK", held)
+        found = dl.gradient_noise(network(sites=2), x, labels, loss, seed=0)
+        assert found.notes == ()
+        assert found.trace.standard_error > 0
+
+
 def test_gradients_that_no_mask_moves_have_no_noise():
     """Units that are zero whatever the mask: exactly, though the products of gradients round."""
     net = network(activation=nn.ReLU).float()

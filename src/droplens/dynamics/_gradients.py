@@ -46,6 +46,7 @@ class Gradients:
         by_pairs: what the signal's variance has from ‖ḡ − E g‖²; 0 in groups.
         over: what an entry is.
         idle: whether no mask drops anything, so that every number is exact.
+        blocks: how many there are.
     """
 
     loss: Tensor
@@ -56,6 +57,7 @@ class Gradients:
     by_pairs: float
     over: str
     idle: bool = False
+    blocks: int = 1
 
     def mean(self, values: Tensor) -> Estimate:
         """The mean of numbers that the draws gave."""
@@ -65,7 +67,8 @@ class Gradients:
 
     def mean_noise(self) -> Estimate:
         """Tr Cov g; without an error where all draws lie nearly as far from their mean."""
-        return without_pairs(self.mean(self.noise), self.by_pairs)
+        # Of many blocks the parts by pairs are independent, and tell their own spread.
+        return without_pairs(self.mean(self.noise), self.by_pairs / self.blocks)
 
     def mean_square(self) -> Estimate:
         """‖E g‖²; without an error where that of E‖g‖², which rare masks move more, is not told."""
@@ -101,6 +104,7 @@ def gradients_under(
         math.fsum(block.plug_in for block in blocks) / count,
         math.fsum(block.by_pairs for block in blocks) / count**2,
         "masks",
+        blocks=count,
     )
 
 
