@@ -26,11 +26,11 @@ class Covering:
     def __str__(self):
         return ", ".join(f"{n}: {self.held[n]} of {self.stated[n]}" for n in self.truths)
 
-    def assert_at_level(self):
+    def assert_at_level(self, least=0.9):
         """Nine runs in ten or more state every interval of 95%, and of these 93–97% hold."""
         for name, held in self.held.items():
             stated = self.stated[name]
-            assert stated >= 0.9 * self.runs, (name, str(self))
+            assert stated >= least * self.runs, (name, str(self))
             assert 0.93 * stated <= held <= 0.97 * stated, (name, str(self))
 
     def assert_few_wrong(self, most=0.07):

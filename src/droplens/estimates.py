@@ -11,8 +11,6 @@ from torch import Tensor
 
 # The skewness of a mean up to which intervals of 95% that lean hold it: n ≥ 10 γ² draws.
 _LEANING: Final = 10**-0.5
-# Of those that do not: n ≥ 16 γ² (25 γ² in Cochran 1977, Sampling techniques, §2.15).
-UPRIGHT: Final = 1 / 4
 # By how much a variance has to outweigh its part by pairs, which of n normal draws is 1/n of it:
 # fewer than 200 draws need less, n/40.
 _PAIRS: Final = 5.0

@@ -32,8 +32,8 @@ over a loader add up is pooled as the batches of a loader are.
 Where the draws do not tell an error it is NaN, and `notes` say so: a few rare masks make most of a
 number (p near 0 or 1 on few units), all masks lie nearly equally far from their mean (a variance
 of one coin near p = 0.5), or the noise is isotropic as far as the draws tell (the null of
-`noise_alignment` and its excess). Below such cells are run too: of all runs at most 8%, and 12% for
-the alignment, state an interval that does not hold.
+`noise_alignment` and its excess). Below such cells are run too: of all runs at most 8% state an
+interval that does not hold.
 """
 
 from inspect import signature

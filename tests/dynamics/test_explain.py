@@ -294,7 +294,7 @@ def test_seeds_repeat_and_nothing_is_left_behind():
     before = state_of(net)
     first = explain(net, draws=4)
     assert_same_state(before, state_of(net))
-    assert explain(net, draws=4, seed=first.seed) == first
+    assert repr(explain(net, draws=4, seed=first.seed)) == repr(first)  # an error may be NaN
     model = Raises().eval()
     before = state_of(model)
     images = torch.zeros(2, 1, 4, 4)

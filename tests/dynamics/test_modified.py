@@ -153,7 +153,7 @@ def test_seeds_repeat_and_fresh_calls_differ():
     state = torch.get_rng_state()
     first, second = measure(), measure()
     assert first.seed != second.seed
-    assert measure(seed=first.seed) == first
+    assert repr(measure(seed=first.seed)) == repr(first)  # an error may be NaN
     assert torch.equal(torch.get_rng_state(), state)
 
 

@@ -363,16 +363,17 @@ class Formed:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("examples", "held", "probes"),
-    [(1, 64, None), (2, 64, None), (1, 64, 1000), (2, 64, 1000)]
-    + [(2, held, 1000) for held in (4, 8, 32)],
+    [(1, 128, None), (2, 128, None), (1, 128, 1000), (2, 128, 1000)]
+    + [(2, held, 1000) for held in (4, 8, 64)],
 )
 def test_the_alignments_intervals_cover_the_truth_at_their_level(
     monkeypatch, examples, held, probes
 ):
     """1,000 repeats: each 95% interval holds the dense matrices' value in 93–97%.
 
-    At the default draws, held in blocks of 4, 8 and 32 pairs, and in one; with H formed, and
-    at the default probes. Written out are H and the gradients under all masks.
+    At the default draws, held in blocks of 4, 8 and 64 pairs, and in one; with H formed, and
+    at the default probes. Written out are H and the gradients under all masks. Small blocks form
+    few pairs, so that some of them make most of ‖Σ‖ in more runs: 85% state its error.
     """
     # With more weights than default probes.
     units = 5 if probes else {1: 12, 2: 7}[examples]
@@ -392,10 +393,10 @@ def test_the_alignments_intervals_cover_the_truth_at_their_level(
     for name in exact:
         assert getattr(result, name).value == pytest.approx(numbers[name], rel=1e-12)
         assert getattr(result, name).standard_error == 0
-    covering.assert_at_level()
+    covering.assert_at_level(0.85 if held < 64 else 0.9)
 
 
-def write_out(monkeypatch, H, weights, found, held=64):
+def write_out(monkeypatch, H, weights, found, held=128):
     """Put H, and gradients (M, d) of probabilities (M), in place of a network's."""
 
     def draw(masked, source):
@@ -439,7 +440,7 @@ def test_isotropic_noise_has_no_null_to_count_from(monkeypatch, d):
 @pytest.mark.slow
 @pytest.mark.parametrize(("p", "sites"), [(0.05, 2), (0.1, 1), (0.7, 2), (0.9, 1), (0.9, 2)])
 def test_where_rare_masks_matter_few_alignments_state_a_wrong_interval(monkeypatch, p, sites):
-    """1,000 repeats on one example: of all runs at most 12%, stated or not."""
+    """1,000 repeats on one example: of all runs at most 7%, stated or not."""
     units = 5 if sites == 1 else 3
     net = network(p, sites, units)
     H, _, numbers = aligned_truth(net, units, 1)
@@ -449,7 +450,7 @@ def test_where_rare_masks_matter_few_alignments_state_a_wrong_interval(monkeypat
     write_out(monkeypatch, H, weights, found)
     for seed in range(1000):
         covering.add(noise_alignment(net, x[:1], labels[:1], loss, probes=1000, seed=seed))
-    covering.assert_few_wrong(0.12)
+    covering.assert_few_wrong()
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])

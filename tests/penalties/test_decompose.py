@@ -122,7 +122,7 @@ def test_seeds_repeat_and_fresh_calls_differ():
     assert first.seed != second.seed
     assert first.gap != second.gap
     again = dl.decompose(net, x, labels, cross_entropy, 10, seed=first.seed)
-    assert again == first
+    assert repr(again) == repr(first)  # an error may be NaN
     generator = torch.Generator().manual_seed(0)
     a = dl.decompose(net, x, labels, cross_entropy, 10, generator=generator)
     b = dl.decompose(net, x, labels, cross_entropy, 10, generator=generator)

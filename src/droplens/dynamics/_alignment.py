@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from droplens.batches import Batch, checked_passes
 from droplens.calling import dense_gradients
 from droplens.dynamics._masked import MaskedLoss, check_draws, difference, fresh_masks
-from droplens.estimates import UPRIGHT, Estimate, exact, note_on_untold, skewed_mean, told
+from droplens.dynamics._moments import Curvature, Function, Noise, differs, jackknifed, rare
+from droplens.estimates import Estimate, note_on_untold
 from droplens.gates import masks_off
 from droplens.measure._masks import Applied
 from droplens.measure._operators import LossHessian, Vector
@@ -22,10 +23,6 @@ from droplens.randomness import private_generator
 
 # Numbers of gradient noise held at once, 128 MB.
 _HELD = 1 << 24
-# Of ‖Σ‖², to see how much a ratio moves with it.
-_STEP = 1e-4
-# Standard errors, from which on numbers that divide by ‖Σ₀‖ have those of first order.
-_APART = 2
 
 ISOTROPIC = (
     "so many draws do not tell the noise from isotropic noise, which aligns with every Hessian "
@@ -33,7 +30,8 @@ ISOTROPIC = (
 )
 # What hangs on the shape of Σ's spectrum, and on Σ at all.
 _OF_SHAPE = ("null", "null_deviation", "excess")
-_OF_NOISE = (*_OF_SHAPE, "value", "trace_product", "trace_noise", "norm_noise")
+_OF_SIZE = ("value", "trace_product", "trace_noise", "norm_noise")
+_OF_NOISE = (*_OF_SHAPE, *_OF_SIZE)
 
 
 @dataclass(frozen=True)
@@ -81,7 +79,7 @@ def noise_alignment(
     inputs: Any,
     targets: Tensor,
     loss: Any,
-    draws: int = 128,
+    draws: int = 256,
     probes: int = 64,
     *,
     generator: torch.Generator | None = None,
@@ -92,11 +90,12 @@ def noise_alignment(
     H is the Hessian of the loss without dropout, Σ = Cov_z ∇R(w, z) on the same batch. Neither is
     formed: with δ = (∇R(z′) − ∇R(z″))/√2, of mean 0 and covariance Σ, Tr(HΣ) = E δᵀHδ, tr Σ = E‖δ‖²
     and ‖Σ‖² = E(δ_aᵀδ_b)² for independent δ_a, δ_b; with random signs v, tr H = E vᵀHv and ‖H‖² =
-    E‖Hv‖². The ratio's bias and error come from the jackknife over both; the draws are held in
-    blocks where d · draws/2 is beyond 2²⁴, and compared within these. Positive semi-definite
-    matrices align by chance, so a null stands beside it. Noise that is isotropic as far as the
-    draws tell (Σ ∝ I) aligns with any H alike: the null, its deviation and the excess have no
-    error then, and where rare masks make most of the noise no number of it has; `notes` say so.
+    E‖Hv‖². The ratio's bias and error come from the jackknife over both, and its interval leans to
+    second order; the draws are held in blocks where d · draws/2 is beyond 2²⁴, and compared within
+    these. Positive semi-definite matrices align by chance, so a null stands beside it. Noise that
+    is isotropic as far as the draws tell (Σ ∝ I) aligns with any H alike: the null, its deviation
+    and the excess have no error then, nor has a number most of which rare masks make; `notes` say
+    so.
 
     Args:
         model: any torch module that can be differentiated twice; norm layers are in eval. Calls of
@@ -160,68 +159,12 @@ def alignment_on(
     return replace(_aligned(noise, curvature, d, draws, used_seed), examples=masked.examples)
 
 
-@dataclass(frozen=True)
-class _Noise:
-    """Of K draws δ: δᵀHδ (K), ‖δ‖² (K), and (δ_aᵀδ_b)² (K, K), zero where not formed."""
-
-    products: Tensor
-    squares: Tensor
-    crosses: Tensor
-    formed: Tensor
-
-    def moments(self) -> Tensor:
-        """Tr(HΣ), tr Σ and ‖Σ‖²: (3)."""
-        norm = self.crosses.sum() / self.formed.sum()
-        return torch.stack([self.products.mean(), self.squares.mean(), norm])
-
-    def left_out(self) -> Tensor:
-        """The same without each draw: (3, K)."""
-        counts = self.formed.sum() - 2 * self.formed.sum(1)
-        norms = (self.crosses.sum() - 2 * self.crosses.sum(1)) / counts
-        return torch.stack([_left_out(self.products), _left_out(self.squares), norms])
-
-    def counted_twice(self) -> float:
-        """What the jackknife counts twice of ‖Σ‖²'s variance because few pairs are formed.
-
-        A pair is left out with either of its draws, so each (δ_aᵀδ_b)² counts with twice its own
-        variance, and once as it should with others of the same draw (Efron and Stein 1981, The
-        jackknife estimate of variance). Most of what all pairs would add is left in: small, it
-        makes up for the skewness of few draws (three quarters of it at all pairs: with none the
-        null's intervals held the truth in 91%, with all of it in up to 98.5%).
-        """
-        pairs, draws = self.formed.sum(), len(self.squares)
-        rest = (self.crosses - self.crosses.sum() / pairs) * self.formed
-        twice = 2 * rest.square().sum() / pairs**2
-        return float(twice * (1 - pairs / (2 * draws * (draws - 1))) ** 2)
-
-
-@dataclass(frozen=True)
-class _Curvature:
-    """Of M probes: vᵀHv (M) and ‖Hv‖² (M); one of each where they are exact."""
-
-    traces: Tensor
-    squares: Tensor
-
-    def moments(self) -> Tensor:
-        """The trace of H and ‖H‖²: (2)."""
-        return torch.stack([self.traces.mean(), self.squares.mean()])
-
-    def left_out(self) -> Tensor:
-        """The same without each probe: (2, M)."""
-        return torch.stack([_left_out(self.traces), _left_out(self.squares)])
-
-
-def _left_out(values: Tensor) -> Tensor:
-    """The means of all values but one."""
-    return (values.sum() - values) / (len(values) - 1)
-
-
 def _noise(
     masked: MaskedLoss,
     hessian: Callable[[], AbstractContextManager[LossHessian]],
     count: int,
     source: torch.Generator,
-) -> _Noise:
+) -> Noise:
     d = sum(p.numel() for p in masked.parameters)
     # At least four at once: with pairs alone, leaving a draw out leaves its partner alone.
     held = max(4, min(count, _HELD // d))
@@ -238,7 +181,7 @@ def _noise(
         squares[start:stop] = gram.diagonal()
         crosses[start:stop, start:stop] = gram.square().fill_diagonal_(0)
         formed[start:stop, start:stop] = torch.ones_like(gram).fill_diagonal_(0)
-    return _Noise(products, squares, crosses, formed)
+    return Noise(products, squares, crosses, formed)
 
 
 def _draw(masked: MaskedLoss, source: torch.Generator) -> Tensor:
@@ -248,10 +191,10 @@ def _draw(masked: MaskedLoss, source: torch.Generator) -> Tensor:
     return torch.cat([part.detach().double().flatten().cpu() for part in delta])
 
 
-def _curvature(H: LossHessian, probes: int, source: torch.Generator) -> _Curvature:
+def _curvature(H: LossHessian, probes: int, source: torch.Generator) -> Curvature:
     if probes >= H.size:
         matrix = torch.from_numpy(H.products(np.eye(H.size)))
-        return _Curvature(matrix.trace()[None], matrix.square().sum()[None])
+        return Curvature(matrix.trace()[None], matrix.square().sum()[None])
     traces, squares = [], []
     for _ in range(probes):
         coins = torch.randint(2, (H.size,), generator=source, device=source.device)
@@ -259,27 +202,28 @@ def _curvature(H: LossHessian, probes: int, source: torch.Generator) -> _Curvatu
         curved = H.products(v)
         traces.append(float((v * curved).sum()))
         squares.append(float((curved * curved).sum()))
-    return _Curvature(
+    return Curvature(
         torch.tensor(traces, dtype=torch.float64), torch.tensor(squares, dtype=torch.float64)
     )
 
 
-def _aligned(noise: _Noise, curvature: _Curvature, d: int, draws: int, seed: int) -> Alignment:
+def _aligned(noise: Noise, curvature: Curvature, d: int, draws: int, seed: int) -> Alignment:
     def ratios(sigma: Tensor, h: Tensor) -> Tensor:
         return _ratios(sigma, h, d)
 
-    value, null, deviation, excess = _jackknifed(ratios, noise, curvature, noise.counted_twice())
+    twice = noise.counted_twice()
+    value, null, deviation, excess = jackknifed(ratios, noise, curvature, twice)
     # ‖Σ‖ is skewed, and what is counted twice of it makes up for that.
-    product, trace, trace_h, norm, norm_h = _jackknifed(_sizes, noise, curvature, 0.0)
+    product, trace, trace_h, norm, norm_h = jackknifed(_sizes, noise, curvature)
     found = Alignment(
         value, null, deviation, excess, product, trace, trace_h, norm, norm_h, d, draws, seed
     )
-    if math.isnan(told(skewed_mean(noise.squares), UPRIGHT).standard_error):
-        unknown = _without_errors(found, _OF_NOISE)
-        return replace(unknown, notes=note_on_untold({n: getattr(unknown, n) for n in _OF_NOISE}))
-    if d > 1 and not _is_told_from_isotropic(noise, d):
-        return replace(_without_errors(found, _OF_SHAPE), notes=(ISOTROPIC,))
-    return found
+    if rare(noise.squares):
+        return _noted(_without_errors(found, _OF_NOISE), _OF_NOISE)
+    if d == 1 or differs(_traceless(d), noise):
+        return _noted(found, _OF_NOISE)
+    shapeless = _noted(_without_errors(found, _OF_SHAPE), _OF_SIZE)
+    return replace(shapeless, notes=(ISOTROPIC, *shapeless.notes))
 
 
 def _without_errors(found: Alignment, names: Sequence[str]) -> Alignment:
@@ -287,15 +231,13 @@ def _without_errors(found: Alignment, names: Sequence[str]) -> Alignment:
     return replace(found, **unknown)
 
 
-def _is_told_from_isotropic(noise: _Noise, d: int) -> bool:
-    """Whether ‖Σ₀‖² = ‖Σ‖² − (tr Σ)²/d is far above the 0 of isotropic noise."""
+def _noted(found: Alignment, names: Sequence[str]) -> Alignment:
+    return replace(found, notes=note_on_untold({name: getattr(found, name) for name in names}))
 
-    def traceless(sigma: Tensor, h: Tensor) -> Tensor:
-        return (sigma[2] - sigma[1].square() / d)[None]
 
-    none = _Curvature(*torch.zeros(2, 1, dtype=torch.float64))
-    (found,) = _jackknifed(traceless, noise, none, 0.0)
-    return found.value > _APART * found.standard_error
+def _traceless(d: int) -> Function:
+    """‖Σ₀‖² = ‖Σ‖² − (tr Σ)²/d, which is 0 where the noise is isotropic."""
+    return lambda sigma, h: (sigma[2] - sigma[1].square() / d)[None]
 
 
 def _sizes(sigma: Tensor, h: Tensor) -> Tensor:
@@ -313,47 +255,3 @@ def _ratios(sigma: Tensor, h: Tensor, d: int) -> Tensor:
     return torch.stack(
         [product / scale, chance / scale, deviation / scale, (product - chance) / deviation]
     )
-
-
-def _jackknifed(
-    of: Callable[[Tensor, Tensor], Tensor], noise: _Noise, curvature: _Curvature, twice: float
-) -> list[Estimate]:
-    """Functions of the moments without their bias, with errors over draws and over probes.
-
-    Args:
-        of: from the moments of noise and of curvature (…, with any axes behind) to k numbers.
-        noise: the draws.
-        curvature: the probes; they are independent of the draws.
-        twice: what of ‖Σ‖²'s variance is counted twice.
-    """
-    sigma, h = noise.moments(), curvature.moments()
-    whole = of(sigma, h)
-    bias, by_masks = _bias_and_variance(whole, of(noise.left_out(), h[:, None]))
-    steps = torch.tensor([[1.0] * 2, [1.0] * 2, [1 - _STEP, 1 + _STEP]], dtype=sigma.dtype)
-    slope = of(sigma[:, None] * steps, h[:, None]).diff()[:, 0] / (2 * _STEP * sigma[2])
-    by_masks = torch.maximum(by_masks - slope.square() * twice, by_masks / 2)
-    by_probes = torch.zeros_like(by_masks)
-    if len(curvature.traces) > 1:
-        more, by_probes = _bias_and_variance(whole, of(sigma[:, None], curvature.left_out()))
-        bias = bias + more
-    counts = len(noise.squares), len(curvature.traces)
-    rows = torch.stack([whole - bias, by_masks, by_probes], 1).tolist()
-    return [_estimate(value, masks, probes, *counts) for value, masks, probes in rows]
-
-
-def _bias_and_variance(whole: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
-    """Of numbers (k), by the jackknife, from the same without each draw (k, n)."""
-    n, steps = others.shape[1], others - whole[:, None]  # exactly zero for exact numbers
-    means = steps.mean(1)
-    return (n - 1) * means, (n - 1) / n * (steps - means[:, None]).square().sum(1)
-
-
-def _estimate(value: float, by_masks: float, by_probes: float, draws: int, probes: int) -> Estimate:
-    """With the degrees of freedom of a sum of two variances (Satterthwaite)."""
-    over = " and ".join(n for n, v in (("masks", by_masks), ("probes", by_probes)) if v != 0)
-    variance = by_masks + by_probes
-    if not variance:
-        return exact(value, "probes")
-    spread = by_masks**2 / (draws - 1) + by_probes**2 / max(1, probes - 1)
-    freedom = variance**2 / spread if 0 < spread < math.inf else draws - 1
-    return Estimate(value, math.sqrt(variance), round(freedom) + 1, over)
