@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
+from droplens._pairs import Pairs
 from droplens.estimates import (
     Estimate,
     cumulants,
@@ -18,8 +19,6 @@ from droplens.estimates import (
     square_estimate,
     t_bound,
     told,
-    variance_by_pairs,
-    variance_by_products,
     welch,
     z_bound,
 )
@@ -138,9 +137,27 @@ class TestJackknife:
         ):
             without = torch.stack([draws[torch.arange(200) != k].var() for k in range(200)])
             products = torch.outer(draws - draws.mean(), draws - draws.mean())
-            by_pairs = variance_by_pairs(products, 200)
-            found = jackknife(float(draws.var()), without, by_pairs=by_pairs)
+            found = jackknife(float(draws.var()), without, pairs=Pairs(products, 200, -1.0))
             assert math.isfinite(found.standard_error) == told_apart
+
+    def test_the_bend_of_a_variance_by_hand(self) -> None:
+        """θ = E v² − (E v)² along weights that rise with L: θ″ = −2 (E L v)², over K²."""
+        generator = torch.Generator().manual_seed(0)
+        draws = torch.rand(50, generator=generator).double()
+        steps = draws - draws.mean()
+        L = steps.square() - steps.square().mean()
+        expected = -2 * float((L * steps).mean()) ** 2 / 50**2
+        all_pairs = Pairs(torch.outer(steps, steps), 50, -1.0)
+        assert all_pairs.bend(L) == pytest.approx(expected, rel=1e-12)
+        values = []
+        for reach in (-1e-3, 0.0, 1e-3):
+            w = (1 + reach * L) / 50
+            values.append(float((w * draws.square()).sum() - (w * draws).sum() ** 2))
+        second = (values[0] + values[2] - 2 * values[1]) / 1e-6
+        assert all_pairs.bend(L) * 50**2 == pytest.approx(second, rel=1e-4)
+        neighbours = Pairs(steps[1:] * steps[:-1], 50, -1.0)
+        by_hand = sum(-2 * L[k] * L[k + 1] * steps[k] * steps[k + 1] for k in range(49)) / 49
+        assert neighbours.bend(L) == pytest.approx(float(by_hand) / 50**2, rel=1e-12)
 
 
 class TestSkewedMeans:
@@ -203,7 +220,7 @@ class TestSums:
         assert found.variance_slope == pytest.approx(expected, rel=0.3)
 
     def test_nothing_varies(self) -> None:
-        assert from_cumulants((2.0, 0.0, 0.0), exact(1.0)) == exact(2.0)
+        assert from_cumulants((2.0, 0.0, 0.0, 0.0), exact(1.0)) == exact(2.0)
 
 
 class TestSquares:
@@ -215,7 +232,7 @@ class TestSquares:
         sums = products.sum(1) - products.diagonal()
         whole = sums.sum() / (k * (k - 1))
         others = (sums.sum() - 2 * sums) / ((k - 1) * (k - 2))
-        by_pairs = variance_by_pairs(products, k)
+        by_pairs = Pairs(products, k).variance()
         return square_estimate(k * whole - (k - 1) * others, float(products.mean()), by_pairs)
 
     def test_the_variance_by_pairs_of_normal_draws(self) -> None:
@@ -226,10 +243,10 @@ class TestSquares:
         for _ in range(400):
             draws = torch.randn(20, 3, generator=generator).double() * scales + 5
             products = draws @ draws.mT
-            found.append(variance_by_pairs(products, 20))
+            found.append(Pairs(products, 20).variance())
             steps = draws - draws.mean(0)
-            some = [float(steps[k] @ steps[k + 1]) for k in range(19)]
-            of_some.append(variance_by_products(some, 20, 1.0))
+            neighbours = (steps[1:] * steps[:-1]).sum(1)
+            of_some.append(Pairs(neighbours, 20).variance())
         expected = 2 * float(scales.pow(4).sum()) / 20**2
         for values in (torch.tensor(found), torch.tensor(of_some)):
             error = float(values.std()) / 20

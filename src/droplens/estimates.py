@@ -2,18 +2,19 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from statistics import NormalDist
 from typing import Final
 
 import torch
 from torch import Tensor
 
+from droplens._pairs import Pairs
+
 # The skewness of a mean up to which intervals of 95% that lean hold it: n ≥ 10 γ² draws.
 _LEANING: Final = 10**-0.5
-# By how much a variance has to outweigh its part by pairs, which of n normal draws is 1/n of it:
-# fewer than 200 draws need less, n/40.
-_PAIRS: Final = 5.0
+# The share of its part by pairs that a variance at least is where the draws tell it.
+_PAIRS: Final = 0.05
 # Standard deviations of a normal sample's own skewness, √(6/n).
 _NORMAL: Final = 4.0
 
@@ -26,7 +27,7 @@ class Estimate:
     held fixed; an exact number carries 0. `n` counts the independent draws behind it. Where draws
     are skewed, values above and below the truth come with different errors: `variance_slope` is by
     how much the squared error grows with the true value, and the interval leans to the side of
-    the long tail.
+    the long tail. `skewness` is that of the number as single draws make it.
 
     >>> cost = Estimate(0.279, 0.0016, 300)
     >>> float(cost)
@@ -40,6 +41,7 @@ class Estimate:
     n: int = 1
     over: str = "masks"
     variance_slope: float = 0.0
+    skewness: float = field(default=0.0, repr=False)
 
     def __float__(self) -> float:
         return self.value
@@ -82,6 +84,7 @@ class Estimate:
             value=factor * self.value + offset,
             standard_error=abs(factor) * self.standard_error,
             variance_slope=factor * self.variance_slope,
+            skewness=math.copysign(1.0, factor) * self.skewness,
         )
 
 
@@ -139,27 +142,30 @@ def skewed_mean(samples: Tensor, over: str = "masks") -> Estimate:
     if not found.standard_error > 0:
         return found
     steps = samples.double().flatten() - found.value
-    skewness = float(steps.pow(3).mean() / steps.square().mean().pow(1.5))
-    return replace(found, variance_slope=2 / 3 * skewness * found.standard_error / found.n**0.5)
+    skewness = float(steps.pow(3).mean() / steps.square().mean().pow(1.5)) / found.n**0.5
+    slope = 2 / 3 * skewness * found.standard_error
+    return replace(found, variance_slope=slope, skewness=skewness)
 
 
-def told(estimate: Estimate, most: float = _LEANING) -> Estimate:
+def told(estimate: Estimate) -> Estimate:
     """The same without an error where a few rare draws make most of it.
 
     Others like them may not have come, so that the draws do not tell their own spread: where their
-    mean is more skewed than `most`, and than normal draws ever show. It is then NaN.
+    mean is more skewed than intervals can lean, and than normal draws ever show. It is then NaN.
 
     >>> draws = torch.zeros(200)
     >>> draws[:3] = 1.0
     >>> print(told(skewed_mean(draws)))
     0.015 ± nan
     """
-    if not estimate.standard_error > 0:
+    if not abs(estimate.skewness) > max(_LEANING, _NORMAL * math.sqrt(6) / estimate.n):
         return estimate
-    skewness = 1.5 * abs(estimate.variance_slope) / estimate.standard_error
-    if skewness <= max(most, _NORMAL * math.sqrt(6) / estimate.n):
-        return estimate
-    return replace(estimate, standard_error=math.nan, variance_slope=0.0)
+    return without_error(estimate)
+
+
+def without_error(estimate: Estimate) -> Estimate:
+    """The number alone."""
+    return replace(estimate, standard_error=math.nan, variance_slope=0.0, skewness=0.0)
 
 
 def note_on_untold(found: Mapping[str, Estimate]) -> tuple[str, ...]:
@@ -186,7 +192,7 @@ def square_estimate(
     Args:
         pseudo_values: (K), whose mean has no bias of order 1/K.
         plug_in: ‖μ + N‖².
-        by_pairs: v₀, from `variance_by_pairs`.
+        by_pairs: v₀, from `Pairs`.
         over: what the draws are of.
     """
     found = told(skewed_mean(pseudo_values, over))
@@ -197,38 +203,21 @@ def square_estimate(
     return replace(found, standard_error=error, variance_slope=slope + found.variance_slope)
 
 
-def variance_by_pairs(products: Tensor, draws: int, scale: float = 1.0) -> float:
-    """The variance of `scale` ‖N‖², N the mean of K draws with inner products (k, k), k ≤ K.
-
-    2 scale² E(g_aᵀg_b)²/K² over pairs of independent centred draws: what a jackknife finds in no
-    draw alone, and counts twice (Efron and Stein 1981, The jackknife estimate of variance).
-    """
-    down, across = products.mean(0), products.mean(1, keepdim=True)
-    between = ~torch.eye(len(products), dtype=torch.bool)
-    return variance_by_products((products - down - across + down.mean())[between], draws, scale)
-
-
-def variance_by_products(products: Sequence[float] | Tensor, draws: int, scale: float) -> float:
-    """As `variance_by_pairs`, from the products g_aᵀg_b of some pairs of centred draws."""
-    squares = torch.as_tensor(products, dtype=torch.float64).square()
-    return float(2 * (scale / draws) ** 2 * squares.mean()) if squares.numel() else 0.0
-
-
-def cumulants(estimate: Estimate, weight: float = 1.0) -> tuple[float, float, float]:
-    """Of `weight` times the number: its value, its variance, and that times its slope.
+def cumulants(estimate: Estimate, weight: float = 1.0) -> tuple[float, float, float, float]:
+    """Of `weight` times the number: value, variance, that times its slope, third cumulant.
 
     Of a sum of independent numbers these add up.
     """
     v = estimate.rescaled(weight)
     variance = v.standard_error**2
-    return v.value, variance, variance * v.variance_slope
+    return v.value, variance, variance * v.variance_slope, v.standard_error**3 * v.skewness
 
 
 def from_cumulants(sums: Sequence[float], like: Estimate) -> Estimate:
     """The number with these; `n` and `over` are those of `like`."""
-    value, variance, third = sums
-    slope = third / variance if variance > 0 else 0.0
-    return Estimate(value, variance**0.5, like.n, like.over, slope)
+    value, variance, sloped, third = sums
+    slope, skewness = (sloped / variance, third / variance**1.5) if variance > 0 else (0.0, 0.0)
+    return Estimate(value, variance**0.5, like.n, like.over, slope, skewness)
 
 
 def crossed_estimate(table: Tensor, over: tuple[str, str] = ("masks", "directions")) -> Estimate:
@@ -276,7 +265,7 @@ def crossed_estimate(table: Tensor, over: tuple[str, str] = ("masks", "direction
 
 
 def jackknife(
-    whole: float, leave_one_out: Tensor, over: str = "masks", by_pairs: float = 0.0
+    whole: float, leave_one_out: Tensor, over: str = "masks", pairs: Pairs | None = None
 ) -> Estimate:
     """Remove the O(1/n) bias of a plug-in statistic, and estimate its standard error.
 
@@ -287,9 +276,7 @@ def jackknife(
         whole: on all draws.
         leave_one_out: without each of them.
         over: what the draws are of.
-        by_pairs: the part of the variance that lies in pairs of draws (`variance_by_pairs`). Where
-            it is not small, draws lie nearly equally far from their mean (one coin at p = 0.5 has
-            a variance that no draw moves) and do not tell the error: it is NaN.
+        pairs: what of the statistic lies in pairs of draws; the interval leans by it too.
 
     Raises:
         ValueError: if fewer than two draws are given.
@@ -297,15 +284,32 @@ def jackknife(
     n = leave_one_out.numel()
     if n < 2:
         raise ValueError(f"leave_one_out has to hold at least 2 draws, but got {n}")
-    found = skewed_mean(n * whole - (n - 1) * leave_one_out.double(), over)
-    return without_pairs(found, by_pairs)
-
-
-def without_pairs(found: Estimate, by_pairs: float) -> Estimate:
-    """The same without an error where pairs make up too much of its square, as in `jackknife`."""
-    if found.standard_error**2 >= min(_PAIRS, found.n / 40) * by_pairs:
+    pseudo_values = n * whole - (n - 1) * leave_one_out.double()
+    found = skewed_mean(pseudo_values, over)
+    if pairs is None:
         return found
-    return replace(found, standard_error=math.nan, variance_slope=0.0)
+    return with_pairs(found, pairs.bend(pseudo_values - found.value), pairs.variance())
+
+
+def with_pairs(found: Estimate, bend: float, by_pairs: float) -> Estimate:
+    """The mean of pseudo-values (K), its interval leaning also by what lies in pairs of draws.
+
+    With L what a draw adds and Q what two add together, the squared error found rises by 2 E LLQ/K²
+    over itself with the number, which `skewed_mean` knows nothing of. Near a square of 0, or the
+    variance of one coin at p = 0.5, single draws add little and that is all there is: values far
+    from the truth bring large errors. Where they add next to nothing there is no error.
+
+    Args:
+        found: from `skewed_mean`.
+        bend: E LLQ/K².
+        by_pairs: the variance in pairs.
+    """
+    variance = found.standard_error**2
+    if variance < _PAIRS * by_pairs:
+        return without_error(found)
+    if not variance > 0:
+        return found
+    return replace(found, variance_slope=found.variance_slope + 2 * bend / variance)
 
 
 def z_bound(level: float = 0.95, comparisons: int = 1) -> float:

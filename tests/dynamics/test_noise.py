@@ -320,12 +320,19 @@ def test_intervals_cover_the_truth_at_their_level(monkeypatch, examples):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sites", [1, 2])
-@pytest.mark.parametrize("p", [0.01, 0.05, 0.5, 0.8, 0.9])
-def test_where_rare_masks_matter_few_runs_state_a_wrong_interval(monkeypatch, p, sites):
-    """1,000 repeats on one example of 3 units a site: of all at most 7%, stated or not."""
-    net = network(p, sites)
-    weights, losses, found = table = gradients(net, x[:1], labels[:1], loss)
+@pytest.mark.parametrize(
+    ("p", "sites", "units"),
+    [(p, sites, 3) for p in (0.01, 0.05, 0.5, 0.8, 0.9) for sites in (1, 2)]
+    + [(p, 1, 1) for p in (0.5, 0.45, 0.4)],
+)
+def test_on_one_example_few_runs_state_a_wrong_interval(monkeypatch, p, sites, units):
+    """1,000 repeats of few units a site: of all at most 7%, stated or not.
+
+    Rare masks make most of the noise at p near 0 and 1; the noise of one coin near p = 0.5 hardly
+    moves with a draw, and eight runs in ten state it.
+    """
+    net = network(p, sites, units)
+    weights, losses, found = table = gradients(net, x[:1], labels[:1], loss, units=units)
     mean, trace = weights @ found, float(covariance(weights, found).trace())
     signal = float(mean @ mean)
     written = WrittenLoss({frozenset("2"): table}, loss(net.eval()(x[:1]), labels[:1]).item())
@@ -348,6 +355,8 @@ def test_where_rare_masks_matter_few_runs_state_a_wrong_interval(monkeypatch, p,
     covering.assert_few_wrong()
     if p == 0.5 and sites == 2:
         covering.assert_at_level()
+    if units == 1:
+        assert min(covering.stated.values()) >= 800, str(covering)
 
 
 class Formed:

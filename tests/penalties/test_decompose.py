@@ -212,18 +212,22 @@ def test_intervals_on_few_examples_cover_the_truth_at_their_level(p, examples):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("p", [0.5, 0.45, 0.4, 0.3])
-def test_one_coin_states_few_wrong_intervals(p):
-    """The variance of a coin near p = 0.5 hardly moves with a draw; squared loss, 1,000 repeats."""
+@pytest.mark.parametrize("p", [0.5, 0.45, 0.4, 0.35, 0.3, 0.2])
+@pytest.mark.parametrize("target", [0.0, 1.0], ids=["off", "fitted"])
+def test_one_coin_states_most_intervals_and_few_wrong(p, target):
+    """The variance of a coin near p = 0.5 hardly moves with a draw; squared loss, 1,000 repeats.
+
+    Nor does the shift where the mean output is the target: it is then a square near 0.
+    """
     net = nn.Sequential(nn.Dropout(p), nn.Linear(1, 1, bias=False)).double()
     nn.init.ones_(net[1].weight)
-    one, none = torch.ones(1, 1).double(), torch.zeros(1, 1).double()
+    one, goal = torch.ones(1, 1).double(), torch.full((1, 1), target).double()
     expected = p / (1 - p)
     covering = Covering({"gap": expected, "spread": expected, "shift": 0.0, "penalty": expected})
     for seed in range(1000):
-        result = dl.decompose(net, one, none, nn.MSELoss(), seed=seed, sites=[])
+        result = dl.decompose(net, one, goal, nn.MSELoss(), seed=seed, sites=[])
         drawn = dl.penalty(net, one, nn.MSELoss(), "masks", seed=seed)
         covering.add(result, {"penalty": drawn.sampled()})
-    covering.assert_few_wrong(0.08)
-    for name in ("gap", "shift"):
-        assert 930 <= covering.held[name] <= 970, str(covering)
+    covering.assert_few_wrong(0.06)
+    for name, stated in covering.stated.items():
+        assert stated >= 800, (name, str(covering))

@@ -14,7 +14,7 @@ from droplens.batches import Batch, checked_passes
 from droplens.calling import dense_gradients
 from droplens.dynamics._masked import MaskedLoss, check_draws, difference, fresh_masks
 from droplens.dynamics._moments import Curvature, Function, Noise, differs, jackknifed, rare
-from droplens.estimates import Estimate, note_on_untold
+from droplens.estimates import Estimate, note_on_untold, without_error
 from droplens.gates import masks_off
 from droplens.measure._masks import Applied
 from droplens.measure._operators import LossHessian, Vector
@@ -31,7 +31,7 @@ ISOTROPIC = (
 # What hangs on the shape of Σ's spectrum, and on Σ at all.
 _OF_SHAPE = ("null", "null_deviation", "excess")
 _OF_SIZE = ("value", "trace_product", "trace_noise", "norm_noise")
-_OF_NOISE = (*_OF_SHAPE, *_OF_SIZE)
+_OF_NOISE = (*_OF_SIZE, *_OF_SHAPE)
 
 
 @dataclass(frozen=True)
@@ -227,7 +227,7 @@ def _aligned(noise: Noise, curvature: Curvature, d: int, draws: int, seed: int) 
 
 
 def _without_errors(found: Alignment, names: Sequence[str]) -> Alignment:
-    unknown = {name: replace(getattr(found, name), standard_error=math.nan) for name in names}
+    unknown: dict[str, Any] = {name: without_error(getattr(found, name)) for name in names}
     return replace(found, **unknown)
 
 

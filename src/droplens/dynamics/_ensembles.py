@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from droplens._pairs import Pairs
 from droplens.estimates import (
     Estimate,
     exact,
     jackknife,
     square_estimate,
     told,
-    variance_by_pairs,
 )
 from droplens.losses import Binary, Categorical, Family, Poisson, Squared
 from droplens.measure._risk import Loss
@@ -191,8 +191,8 @@ class EnsembleSums:
             loss, divergence = (self.whole[row] / total).tolist()
             others = self.others[row] / total
             pseudo_values = self.draws * divergence - (self.draws - 1) * others[1]
-            by_pairs = variance_by_pairs(self.products[row] / total, self.draws, 0.5)
-            square = square_estimate(pseudo_values, divergence, by_pairs)
+            pairs = Pairs(self.products[row] / total, self.draws, 0.5)
+            square = square_estimate(pseudo_values, divergence, pairs.variance())
             return told(jackknife(loss, others[0])), square
 
         geometric = mean(0, still or self.affine)

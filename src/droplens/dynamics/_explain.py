@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from droplens._pairs import Pairs
 from droplens.batches import Batch, as_batches, rows_of
 from droplens.calling import check_outputs, predictions
 from droplens.discovery import Call, guarded, switched
@@ -23,7 +24,6 @@ from droplens.estimates import (
     note_on_untold,
     skewed_mean,
     told,
-    variance_by_pairs,
 )
 from droplens.gates import draw_masks, masks_off, masks_replaced
 from droplens.losses import Family
@@ -337,13 +337,14 @@ class _Training:
             return base, nothing, nothing, exact(added), exact(base + added)
         draws = self.draws
         others = (draws * partitions.mean() - partitions) / (draws - 1)
-        by_pairs = variance_by_pairs(self.products / total, draws, 0.5)
         plug_in = float(partitions.mean()) - centre
-        spread = jackknife(plug_in, others - left_out, by_pairs=by_pairs)
+        products = self.products / total
+        spread = jackknife(plug_in, others - left_out, pairs=Pairs(products, draws, -0.5))
         means = (draws * losses.mean() - losses) / (draws - 1)
         shift = jackknife(
             float(losses.mean() - partitions.mean()) + centre - base,
             means - others + left_out - base,
+            pairs=Pairs(products, draws, 0.5),
         )
         norm_mode = skewed_mean(live - losses) if self.live else exact(0.0)
         return base, told(spread), told(shift), told(norm_mode), told(skewed_mean(live))

@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final
 
 import torch
 from torch import Tensor
 
+from droplens._pairs import Pairs
 from droplens.dynamics._masked import MaskedLoss, fresh_masks, squared_norm
 from droplens.estimates import (
     Estimate,
@@ -15,8 +16,8 @@ from droplens.estimates import (
     skewed_mean,
     square_estimate,
     told,
-    variance_by_pairs,
-    without_pairs,
+    with_pairs,
+    without_error,
 )
 
 # Numbers of gradient held at once, to compare every two draws: 128 MB of single precision.
@@ -44,6 +45,7 @@ class Gradients:
         noise: `square` − `signal`, unbiased for tr Cov g.
         plug_in: ‖ḡ‖² of all draws (of a block); 0 in groups.
         by_pairs: what the signal's variance has from ‖ḡ − E g‖²; 0 in groups.
+        bend: how far the noise bends with its draws, as `with_pairs` takes it; 0 in groups.
         over: what an entry is.
         idle: whether no mask drops anything, so that every number is exact.
         blocks: how many there are.
@@ -55,6 +57,7 @@ class Gradients:
     noise: Tensor
     plug_in: float
     by_pairs: float
+    bend: float
     over: str
     idle: bool = False
     blocks: int = 1
@@ -68,7 +71,7 @@ class Gradients:
     def mean_noise(self) -> Estimate:
         """Tr Cov g; without an error where all draws lie nearly as far from their mean."""
         # Of many blocks the parts by pairs are independent, and tell their own spread.
-        return without_pairs(self.mean(self.noise), self.by_pairs / self.blocks)
+        return with_pairs(self.mean(self.noise), self.bend, self.by_pairs / self.blocks)
 
     def mean_square(self) -> Estimate:
         """‖E g‖²; without an error where that of E‖g‖², which rare masks move more, is not told."""
@@ -77,7 +80,7 @@ class Gradients:
         else:
             found = self.mean(self.signal)
         unknown = math.isnan(self.mean(self.square).standard_error)
-        return replace(found, standard_error=math.nan) if unknown else found
+        return without_error(found) if unknown else found
 
 
 def gradients_under(
@@ -103,6 +106,7 @@ def gradients_under(
         torch.cat([block.noise for block in blocks]),
         math.fsum(block.plug_in for block in blocks) / count,
         math.fsum(block.by_pairs for block in blocks) / count**2,
+        math.fsum(block.bend for block in blocks) / count**3,
         "masks",
         blocks=count,
     )
@@ -117,14 +121,16 @@ def _together(masked: MaskedLoss, draws: int) -> Gradients:
         rows.append(torch.cat([part.detach().flatten() for part in gradient]))
     steps, along, square = _products(torch.stack(rows))
     products = steps + along + along[:, None] + square
-    squares = products.diagonal()
+    squares, noise = products.diagonal(), steps.diagonal() - _of_all_pairs(steps)
+    pairs = Pairs(steps, draws, -1.0)
     return Gradients(
         torch.tensor(losses, dtype=torch.float64),
         squares,
         _of_all_pairs(products),
-        steps.diagonal() - _of_all_pairs(steps),
+        noise,
         float(products.mean()),
-        variance_by_pairs(steps, draws),
+        pairs.variance(),
+        pairs.bend(noise - noise.mean()),
         "masks",
     )
 
@@ -155,7 +161,7 @@ def _in_groups(masked: MaskedLoss, draws: int, idle: bool) -> Gradients:
     size = next(b for b in _SIZES if b == 2 or (draws % b == 0 and draws >= b * _FEWEST))
     found = [_group(masked, size) for _ in range(draws // size)]
     loss, square, noise = torch.tensor(found, dtype=torch.float64).T
-    return Gradients(loss, square, square - noise, noise, 0.0, 0.0, "groups of masks", idle)
+    return Gradients(loss, square, square - noise, noise, 0.0, 0.0, 0.0, "groups of masks", idle)
 
 
 def _group(masked: MaskedLoss, size: int) -> tuple[float, float, float]:

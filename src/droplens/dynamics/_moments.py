@@ -8,7 +8,15 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from droplens.estimates import Estimate, cumulants, exact, from_cumulants, skewed_mean, told
+from droplens.estimates import (
+    Estimate,
+    cumulants,
+    exact,
+    from_cumulants,
+    skewed_mean,
+    told,
+    without_error,
+)
 
 # From the moments of noise (3, …) and of curvature (2, …) to k numbers (k, …).
 Function = Callable[[Tensor, Tensor], Tensor]
@@ -99,8 +107,7 @@ def jackknifed(
         found = [_sum(*pair) for pair in zip(found, probes.estimates("probes"), strict=True)]
     found = [v.rescaled(1, offset) for v, offset in zip(found, whole.tolist(), strict=True)]
     return [
-        replace(v, standard_error=math.nan, variance_slope=0.0) if rare(steps) else v
-        for v, steps in zip(found, masks.steps, strict=True)
+        without_error(v) if rare(steps) else v for v, steps in zip(found, masks.steps, strict=True)
     ]
 
 

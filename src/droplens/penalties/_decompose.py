@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from droplens._pairs import Pairs
 from droplens.calling import check_inputs, check_outputs, device_of, predictions
 from droplens.discovery import sites as find_sites
 from droplens.estimates import (
@@ -18,7 +19,6 @@ from droplens.estimates import (
     note_on_untold,
     skewed_mean,
     told,
-    variance_by_products,
 )
 from droplens.gates import draw_masks, masks_off, masks_replaced
 from droplens.losses import Family
@@ -370,8 +370,8 @@ class _Scorer:
             drawn(leave_out)
         losses, partitions = torch.tensor(found, dtype=torch.float64).unbind(1)
         left_out = torch.tensor(without, dtype=torch.float64)
-        by_pairs = variance_by_products(products[1:], draws, 0.5)
-        return self._parts(losses, partitions, left_out, centre, by_pairs)
+        neighbours = torch.tensor(products[1:], dtype=torch.float64)
+        return self._parts(losses, partitions, left_out, centre, neighbours)
 
     def _unsplit(self, drawn: Callable[[Callable[[Tensor], None]], None]) -> Parts:
         """The gap alone, which needs no A."""
@@ -387,16 +387,17 @@ class _Scorer:
         partitions: Tensor,
         left_out: Tensor,
         centre: Tensor,
-        by_pairs: float,
+        neighbours: Tensor,
     ) -> Parts:
         draws = len(losses)
         others = (draws * partitions.mean() - partitions) / (draws - 1)
         plug_in = float(partitions.mean()) - self.partition_at(centre)
-        spread = jackknife(plug_in, others - left_out, by_pairs=by_pairs)
+        spread = jackknife(plug_in, others - left_out, pairs=Pairs(neighbours, draws, -0.5))
         gap = skewed_mean(losses - self.base)
         mean_losses = (draws * losses.mean() - losses) / (draws - 1)
         shift = jackknife(
             float(losses.mean() - partitions.mean()) + self.partition_at(centre) - self.base,
             mean_losses - others + left_out - self.base,
+            pairs=Pairs(neighbours, draws, 0.5),
         )
         return Parts(gap, spread, shift)

@@ -7,9 +7,10 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
+from droplens._pairs import Pairs
 from droplens.calling import check_outputs, predictions
 from droplens.discovery import sites as find_sites
-from droplens.estimates import Estimate, exact, skewed_mean, variance_by_products, without_pairs
+from droplens.estimates import Estimate, exact, skewed_mean, with_pairs
 from droplens.gates import draw_masks, masks_replaced
 from droplens.losses import Family
 
@@ -64,10 +65,12 @@ def drawn_spread(
     values = (weights * pseudo_values(family, f)).sum(-1)  # (K, n)
     each = values.detach().double()
     count = len(each)
-    total = exact(float(each.sum()))
+    total = skewed_mean(each.sum(1))
     if count > 1:
-        by_pairs = variance_by_products(_products(family, weights, f.detach().double()), count, 0.5)
-        total = without_pairs(skewed_mean(each.sum(1)), by_pairs)
+        pairs = Pairs(_products(family, weights, f.detach().double()), count, -0.5)
+        total = with_pairs(total, pairs.bend(each.sum(1) - total.value), pairs.variance())
+    else:
+        total = exact(total.value)
     errors = each.std(0) / count**0.5 if count > 1 else torch.zeros_like(each[0])
     if count < _MANY_MASKS:
         errors = torch.where(errors > 0, torch.nan, errors)

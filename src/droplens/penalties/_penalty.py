@@ -224,6 +224,7 @@ class _Asked:
                 example_errors=found.errors,
                 variance_slope=found.total.variance_slope,
                 draws=draws.count,
+                skewness=found.total.skewness,
             )
 
     @property

@@ -81,7 +81,7 @@ def merged(reasons: Iterable[Mapping[str, str]]) -> dict[str, str]:
 def pooled(weights: Sequence[float], values: Sequence[Estimate]) -> Estimate:
     """Σ w v of independent estimates; a part of no weight has no value."""
     parts = [cumulants(v, w) for w, v in zip(weights, values, strict=True) if w]
-    sums = zip(*parts, strict=True) if parts else [[0.0]] * 3
+    sums = zip(*parts, strict=True) if parts else [[0.0]] * 4
     return from_cumulants([sum(column) for column in sums], values[0])
 
 

@@ -40,6 +40,7 @@ class Penalty:
         example_errors: those of `per_example`, (n); None where nothing was sampled, NaN of a single
             probe and of fewer than 100 masks.
         variance_slope: of the total over masks, as `Estimate` has it; else 0.
+        skewness: likewise.
         draws: how many probes or masks were drawn of a batch; 0 if none.
     """
 
@@ -58,6 +59,7 @@ class Penalty:
     example_errors: Tensor | None = None
     variance_slope: float = 0.0
     draws: int = 0
+    skewness: float = 0.0
 
     def __float__(self) -> float:
         return float(self.total.detach())
@@ -70,6 +72,7 @@ class Penalty:
             max(1, self.draws),
             "masks" if self.method == "masks" else "probes",
             self.variance_slope,
+            self.skewness,
         )
 
     def all_reduce(self, group: "ProcessGroup | None" = None) -> "Penalty":
@@ -96,8 +99,8 @@ class Penalty:
             + [(share * error) ** 2 for error in self.site_errors.values()]
             + [*cumulants(self.sampled(), share)[1:], share]
         )
-        squares = packed[len(mine) + len(counts) : -3]
-        joint = from_cumulants((packed[0], *packed[-3:-1]), self.sampled())
+        squares = packed[len(mine) + len(counts) : -4]
+        joint = from_cumulants((packed[0], *packed[-4:-1]), self.sampled())
         total, *sites = (self.total.new_tensor(value) for value in packed[: len(mine)])
         return replace(
             self,
@@ -109,6 +112,7 @@ class Penalty:
             },
             standard_error=joint.standard_error,
             variance_slope=joint.variance_slope,
+            skewness=joint.skewness,
             divisor=processes.divisor,
             site_errors={n: s**0.5 for n, s in zip(self.site_errors, squares, strict=True)},
             example_errors=None if self.example_errors is None else share * self.example_errors,
@@ -171,6 +175,7 @@ def pooled_penalty(found: Sequence[Penalty]) -> Penalty:
         participation=by_name(counted, [part.participation for part in found]),
         standard_error=joint.standard_error,
         variance_slope=joint.variance_slope,
+        skewness=joint.skewness,
         notes=tuple(dict.fromkeys(note for part in found for note in part.notes)),
         unmeasured=merged(part.unmeasured for part in found),
         divisor=sum(divisors) if divisors else None,
