@@ -165,7 +165,7 @@ class TestSkewedMeans:
         values = torch.tensor([0.0] * 9 + [10.0], dtype=torch.float64)
         found = skewed_mean(values)
         # m = 1, m₂ = 9, m₃ = 72: γ = 8/3; s²/n = 1
-        assert found.variance_slope == pytest.approx(2 / 3 * 8 / 3 / math.sqrt(10))
+        assert found.variance_slope == pytest.approx(1 / 3 * 8 / 3 / math.sqrt(10))
         assert (found.value, found.standard_error) == pytest.approx((1.0, 1.0))
 
     def test_a_rare_draw_that_makes_most_of_it_takes_the_error(self) -> None:
@@ -216,7 +216,7 @@ class TestSums:
         variance = second.sum() / 9 / 9  # s²/n of each: m₂/(n − 1)
         assert found.standard_error**2 == pytest.approx(float(variance))
         # κ₃ of a mean is m₃/n², but for the correction of m₂ that the slope of each holds
-        expected = 2 / 3 * float((third / second).mean()) / 10 / 3
+        expected = 1 / 3 * float((third / second).mean()) / 10 / 3
         assert found.variance_slope == pytest.approx(expected, rel=0.3)
 
     def test_nothing_varies(self) -> None:

@@ -18,7 +18,7 @@ from droplens.estimates import (
     without_error,
 )
 
-# From the moments of noise (3, …) and of curvature (2, …) to k numbers (k, …).
+# From the moments of noise (3, …) and of curvature (2, …), broadcast, to k numbers (k, …).
 Function = Callable[[Tensor, Tensor], Tensor]
 
 # Of ‖Σ‖², to see how much a function moves with it.
@@ -144,9 +144,9 @@ class _Influence:
 
         With Q what two draws add together, the variance V found rises by (E L³ + 2 E LLQ)/(n² V)
         with the number found, of which the number's own third cumulant takes back a third of
-        (E L³ + 3 E LLQ)/(n² V): the slope is (⅔ E L³ + E LLQ)/(n² V), its first term that of
-        `skewed_mean` (Hall 1992, The bootstrap and Edgeworth expansion; E LLQ along L: DiCiccio
-        and Efron 1992, More accurate confidence intervals in exponential families).
+        (E L³ + 3 E LLQ)/(n² V): the slope is (⅔ E L³ + E LLQ)/(n² V), of whose first term
+        `skewed_mean` takes half (Hall 1992, The bootstrap and Edgeworth expansion; E LLQ along L:
+        DiCiccio and Efron 1992, More accurate confidence intervals in exponential families).
         """
         n, found = self.steps.shape[1], []
         for k, steps in enumerate(self.steps):
