@@ -30,7 +30,7 @@ from droplens.verdicts import Verdict
 
 _NOISE_DRAWS: Final = 50
 _GAP_DRAWS: Final = 50
-_ALIGNED_DRAWS: Final = 128
+_ALIGNED_DRAWS: Final = 256
 _PROBES: Final = 64
 # Examples that gradients under masks are taken on, from as many batches as that takes.
 _MOST_EXAMPLES: Final = 2048
