@@ -211,9 +211,9 @@ def _aligned(noise: Noise, curvature: Curvature, d: int, draws: int, seed: int) 
     def ratios(sigma: Tensor, h: Tensor) -> Tensor:
         return _ratios(sigma, h, d)
 
-    twice = noise.counted_twice()
-    value, null, deviation, excess = jackknifed(ratios, noise, curvature, twice)
-    # ‖Σ‖ is skewed, and what is counted twice of it makes up for that.
+    value, _, _, excess = jackknifed(ratios, noise, curvature)
+    # These hang on ‖Σ‖ alone. The others are skewed, and what is counted twice makes up for that.
+    _, null, deviation, _ = jackknifed(ratios, noise, curvature, noise.counted_twice())
     product, trace, trace_h, norm, norm_h = jackknifed(_sizes, noise, curvature)
     found = Alignment(
         value, null, deviation, excess, product, trace, trace_h, norm, norm_h, d, draws, seed
