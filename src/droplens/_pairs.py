@@ -27,11 +27,10 @@ class Pairs:
         What a jackknife finds in no draw alone, and counts twice (Efron and Stein 1981, The
         jackknife estimate of variance).
         """
-        squares = self.products.double().square()
-        if self.products.dim() == 2:
-            between = ~torch.eye(len(squares), dtype=torch.bool)
-            squares = self._centred().square()[between]
-        mean = float(squares.mean()) if squares.numel() else 0.0
+        products = self.products
+        if products.dim() == 2:
+            products = self._centred()[~torch.eye(len(products), dtype=torch.bool)]
+        mean = float(products.double().square().mean()) if products.numel() else 0.0
         return 2 * (self.scale / self.draws) ** 2 * mean
 
     def bend(self, steps: Tensor) -> float:

@@ -113,9 +113,9 @@ def jackknifed(
 
 def differs(of: Function, noise: Noise) -> bool:
     """Whether a function of the noise alone is far above 0."""
-    none, h = _alike(noise.squares), torch.zeros(2, 1, dtype=torch.float64)
-    whole = of(noise.moments(none), h)[:, 0]
-    found = _influence(lambda w: of(noise.moments(w), h), whole, none)
+    alike, h = _alike(noise.squares), torch.zeros(2, 1, dtype=torch.float64)
+    whole = of(noise.moments(alike), h)[:, 0]
+    found = _influence(lambda w: of(noise.moments(w), h), whole, alike)
     return bool(whole - found.bias > _APART * found.variance.sqrt())
 
 
@@ -175,9 +175,10 @@ def _influence(at: Callable[[Tensor], Tensor], whole: Tensor, alike: Tensor) -> 
 
 def _sum(masks: Estimate, probes: Estimate) -> Estimate:
     """With the degrees of freedom of a sum of two variances (Satterthwaite)."""
-    if masks.standard_error == 0 or probes.standard_error == 0:
-        exact_one, other = sorted((masks, probes), key=lambda v: v.standard_error != 0)
-        return other.rescaled(1, exact_one.value)
+    if probes.standard_error == 0:
+        return masks.rescaled(1, probes.value)
+    if masks.standard_error == 0:
+        return probes.rescaled(1, masks.value)
     parts = (masks, probes)
     sums = [math.fsum(terms) for terms in zip(*map(cumulants, parts), strict=True)]
     spread = math.fsum(part.standard_error**4 / (part.n - 1) for part in parts)

@@ -65,12 +65,11 @@ def drawn_spread(
     values = (weights * pseudo_values(family, f)).sum(-1)  # (K, n)
     each = values.detach().double()
     count = len(each)
-    total = skewed_mean(each.sum(1))
+    total = exact(float(each.sum()))
     if count > 1:
+        total = skewed_mean(each.sum(1))
         pairs = Pairs(_products(family, weights, f.detach().double()), count, -0.5)
         total = with_pairs(total, pairs.bend(each.sum(1) - total.value), pairs.variance())
-    else:
-        total = exact(total.value)
     errors = each.std(0) / count**0.5 if count > 1 else torch.zeros_like(each[0])
     if count < _MANY_MASKS:
         errors = torch.where(errors > 0, torch.nan, errors)
